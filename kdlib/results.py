@@ -1,0 +1,165 @@
+"""Run directories -> tables of numbers. Everything written here is whole or not there at all."""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kdlib.config import Refused
+
+DISTILL = Path("runs/distill")  # <comparison>/<variant>/seed_<s>/ below it
+TEACHERS = Path("runs/teacher")  # <name>/ below it
+Run = tuple[str, str, int]  # comparison, variant, seed
+
+MEASURES = ("top1", "top5", "nll", "ece", "agreement", "teacher_kl")
+_TEXTS = (
+    "comparison",
+    "data",
+    "teacher",
+    "student",
+    "recipe",
+    "hard_loss",
+    "method",
+    "variant",
+    "parameters",
+    "fingerprint",
+    "status",
+    "diverged_cause",
+)
+_COUNTS = (
+    *("classes", "train_images", "seed", "diverged_step", "images_seen", "steps"),
+    *("student_parameters", "extra_parameters", "train_flops", "teacher_flops"),
+)
+COLUMNS = [
+    *("comparison", "data", "classes", "fraction", "train_images", "teacher", "student", "recipe", "hard_loss"),
+    *("method", "variant", "parameters", "seed", "trial", "fingerprint"),
+    *("status", "diverged_step", "diverged_cause", "images_seen", "steps"),
+    *("student_parameters", "extra_parameters", "train_flops", "teacher_flops"),
+    *(f"{split}_{measure}" for split in ("val", "test") for measure in MEASURES),
+]
+_TYPES = {name: "str" if name in _TEXTS else "Int64" if name in _COUNTS else "bool" if name == "trial" else "float64" for name in COLUMNS}
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside ``path``, flush it to the disk, then rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8, with the line ends as they are in ``text``; atomic."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Keys in the order given; atomic. Raises ValueError for NaN and infinity, which JSON does not know."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Atomic, and the same bytes for the same numbers."""
+    write_text(path, to_csv(frame))
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """Floats with six decimals, blanks where a value is absent, ``\\n`` at line ends."""
+    return frame.to_csv(index=False, lineterminator="\n", float_format="%.6f", na_rep="")
+
+
+def read_runs(path: Path) -> pd.DataFrame:
+    """results/runs.csv as ``collect`` made it."""
+    return pd.read_csv(path, dtype=_TYPES, keep_default_na=False, na_values=[""])[COLUMNS]
+
+
+def run_folder(root: Path, run: Run) -> Path:
+    """The folder of one run in the project at ``root``."""
+    comparison, variant, seed = run
+    return root / DISTILL / comparison / variant / f"seed_{seed}"
+
+
+def collect(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
+    """One row per expected run, in that order; other folders are not looked at. Numbers are rounded as runs.csv shows them,
+    so that every table can be computed again from that file alone. Raises ``Refused`` when runs are missing."""
+    expected = list(expected)
+    _require(root, expected)
+    rows = []
+    for run in expected:
+        folder = run_folder(root, run)
+        row = _json(folder / "run.json") | _json(folder / "metrics.json")
+        found = (row["comparison"], row["variant"], row["seed"])
+        if found != run:
+            raise Refused(f"{folder / 'run.json'}: found run {found}; allowed: {run}; the folder was moved: delete it and run `dvc repro`")
+        rows.append(row | {"parameters": json.dumps(row["parameters"], separators=(",", ":"))})
+    return pd.DataFrame(rows, columns=COLUMNS).astype(_TYPES).round(6)
+
+
+def curves(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
+    """curve.csv of every expected run, one below the other, with the run's name in front. Raises ``Refused`` when runs are missing."""
+    return _join(root, expected, lambda folder: pd.read_csv(folder / "curve.csv"))
+
+
+def timing(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
+    """timing.json of every expected run (seconds; they differ from run to run and nothing may depend on them)."""
+    return _join(root, expected, lambda folder: pd.DataFrame([_json(folder / "timing.json")]))
+
+
+def teachers(root: Path, names: Iterable[str]) -> pd.DataFrame:
+    """metrics.json of every named teacher, one row each. Raises ``Refused`` when one is missing."""
+    return _join_teachers(root, names, lambda folder: pd.DataFrame([_json(folder / "metrics.json")]))
+
+
+def teacher_curves(root: Path, names: Iterable[str]) -> pd.DataFrame:
+    """curve.csv of every named teacher that has one: a loaded teacher was not trained here."""
+    return _join_teachers(
+        root, names, lambda folder: pd.read_csv(folder / "curve.csv") if (folder / "curve.csv").is_file() else pd.DataFrame()
+    )
+
+
+def _join(root: Path, expected: Iterable[Run], read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
+    expected = list(expected)
+    _require(root, expected)
+    parts = []
+    for run in expected:
+        part = read(run_folder(root, run))
+        for place, (column, value) in enumerate(zip(("comparison", "variant", "seed"), run, strict=True)):
+            part.insert(place, column, value)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["comparison", "variant", "seed"])
+
+
+def _join_teachers(root: Path, names: Iterable[str], read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
+    names = list(names)
+    _refuse_missing([str(TEACHERS / name) for name in names if not (root / TEACHERS / name / "metrics.json").is_file()], len(names))
+    parts = []
+    for name in names:
+        part = read(root / TEACHERS / name)
+        part.insert(0, "teacher", name)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["teacher"])
+
+
+def _require(root: Path, expected: list[Run]) -> None:
+    missing = [run for run in expected if not (run_folder(root, run) / "metrics.json").is_file()]
+    _refuse_missing([f"{DISTILL / comparison / variant}/seed_{seed}" for comparison, variant, seed in missing], len(expected))
+
+
+def _refuse_missing(missing: list[str], of: int) -> None:
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise Refused(f"runs: {len(missing)} of {of} are missing ({shown}); run `dvc repro`")
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
