@@ -1,0 +1,79 @@
+"""Any timm model (our small nets are registered there) as a model that takes un-normalised images of a data set."""
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kdlib.models import small  # noqa: F401 (registers the small nets with timm)
+from kdlib.types import Images, Logits, Output
+
+
+class Classifier(nn.Module):
+    """A timm model behind its own normalisation: un-normalised images in [0, 1] go in, an ``Output`` comes out."""
+
+    mean: Float[Tensor, "1 channels 1 1"]
+    std: Float[Tensor, "1 channels 1 1"]
+
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.net = net
+        # not persistent: the weights file stays that of the timm model
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Images) -> Output:
+        logits: Logits = self.net((images - self.mean) / self.std)
+        return Output(logits)
+
+
+def build(name: str, classes: int, channels: int, size: int, drop_path: float = 0.0) -> Classifier:
+    """A freshly initialised ``name`` for images of ``channels`` x ``size`` x ``size``.
+
+    Raises ValueError, as "found ...; allowed: ...; what to do", for a name that timm does not know and for a size that the model
+    cannot take.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"found {name!r}; allowed: a timm model or one of {', '.join(small.default_cfgs)}; {_closest(name)}")
+    options: dict[str, Any] = {"num_classes": classes, "in_chans": channels}
+    if drop_path:
+        options["drop_path_rate"] = drop_path  # not every family knows it
+    try:
+        net = timm.create_model(name, **options)
+    except TypeError as error:
+        raise ValueError(f"found {name!r}; allowed: a model that takes drop_path {drop_path}; set drop_path to 0 or change it ({error})") from error
+    if net.pretrained_cfg.get("fixed_input_size", False) and net.pretrained_cfg["input_size"][-1] != size:
+        net = timm.create_model(name, **options, img_size=size)
+    least = (net.pretrained_cfg.get("min_input_size") or (0,))[-1]
+    if size < least:
+        raise ValueError(f"found {name!r} with images of {size} px; allowed: at least {least} px; choose another model or a larger size")
+    _check_takes(net, name, channels, size)
+    return Classifier(net.to(memory_format=torch.channels_last), _per_channel(net, "mean", channels), _per_channel(net, "std", channels))
+
+
+def _check_takes(net: nn.Module, name: str, channels: int, size: int) -> None:
+    """One forward pass in evaluation mode: the only honest test of an image size, and cheap beside a training run."""
+    training = net.training
+    try:
+        with torch.inference_mode():
+            net.eval()(torch.zeros(1, channels, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"found {name!r} with images of {size} px; allowed: a size that it takes; choose another model or size ({reason})") from error
+    finally:
+        net.train(training)
+
+
+def _per_channel(net: nn.Module, key: str, channels: int) -> tuple[float, ...]:
+    """Statistics of the model's own pre-training; their average where the channels are not red, green and blue."""
+    values: tuple[float, ...] = tuple(net.pretrained_cfg[key])  # type: ignore[index]
+    return values if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _closest(name: str) -> str:
+    pool = small.NAMES if name.startswith("kd_") else timm.list_models()
+    close = difflib.get_close_matches(name, pool, n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else "see timm.list_models()"

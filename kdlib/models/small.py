@@ -1,0 +1,157 @@
+"""Small ResNets for small images, registered with timm: ``timm.create_model("kd_resnet8_w16")`` once this module is imported.
+
+After He et al., CVPR 2016 (arXiv 1512.03385), section 4.2: three stages, n basic blocks each, depth 6n + 2. What differs: the
+stem's stride is a parameter (2 keeps a 24 px study affordable on a CPU) and the shortcut is a projection, as timm's blocks have it.
+"""
+
+from typing import Any
+
+from jaxtyping import Float
+from timm.layers import DropPath
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock
+from torch import Tensor, nn
+
+Maps = Float[Tensor, "batch channels height width"]
+
+__all__ = ["SmallResNet"]
+
+
+class SmallResNet(nn.Module):
+    """Stem, three stages of ``blocks`` basic blocks with ``width``, 2 and 4 ``width`` channels, pooled linear head.
+
+    ``drop_path_rate`` grows linearly over the blocks, as in timm.
+    """
+
+    def __init__(  # noqa: PLR0913 (timm's builder passes these by name)
+        self,
+        blocks: int,
+        width: int,
+        stem_stride: int,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
+    ) -> None:
+        super().__init__()
+        if global_pool != "avg":
+            raise ValueError(f"global_pool: found {global_pool!r}; allowed: 'avg'")
+        self.num_classes, self.num_features, self.head_hidden_size = num_classes, 4 * width, 4 * width
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, width, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        rates = [drop_path_rate * i / max(1, 3 * blocks - 1) for i in range(3 * blocks)]
+        stages, channels, reduction = [], width, stem_stride
+        self.feature_info: list[dict[str, Any]] = []
+        for stage in range(3):
+            out, stride = width * 2**stage, 2 if stage else 1
+            stages.append(_stage(channels, out, stride, rates[stage * blocks : (stage + 1) * blocks]))
+            channels, reduction = out, reduction * stride
+            self.feature_info.append({"num_chs": out, "reduction": reduction, "module": f"stages.{stage}"})
+        self.stages = nn.Sequential(*stages)
+        self.drop = nn.Dropout(drop_rate)
+        self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes)
+
+    def forward_features(self, x: Maps) -> Maps:
+        maps: Maps = self.stages(self.stem(x))
+        return maps
+
+    def forward_head(self, x: Maps, pre_logits: bool = False) -> Float[Tensor, "batch out"]:
+        pooled = self.drop(x.mean((2, 3)))
+        logits: Tensor = pooled if pre_logits else self.fc(pooled)
+        return logits
+
+    def forward_intermediates(
+        self, x: Maps, indices: int | list[int] | None = None, intermediates_only: bool = False, **_: object
+    ) -> list[Maps] | tuple[Maps, list[Maps]]:
+        """The stages' maps in timm's way; of its further options the only value that there is here is the default."""
+        take, _last = feature_take_indices(len(self.stages), indices)
+        maps, x = [], self.stem(x)
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in take:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
+
+    def forward(self, x: Maps) -> Float[Tensor, "batch classes"]:
+        return self.forward_head(self.forward_features(x))
+
+
+def _stage(channels: int, out: int, stride: int, drop_paths: list[float]) -> nn.Sequential:
+    blocks = []
+    for rate in drop_paths:
+        project = stride > 1 or channels != out
+        shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out)) if project else None
+        blocks.append(BasicBlock(channels, out, stride, shortcut, drop_path=DropPath(rate) if rate else None))
+        channels, stride = out, 1
+    return nn.Sequential(*blocks)
+
+
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any], **shape: int) -> nn.Module:
+    model: nn.Module = build_model_with_cfg(SmallResNet, name, pretrained, **shape, **kwargs)
+    return model
+
+
+_CFG = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 32, 32),
+    "pool_size": None,
+    "crop_pct": 1.0,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "first_conv": "stem.0",
+    "classifier": "fc",
+    "fixed_input_size": False,
+    "min_input_size": (3, 8, 8),
+}
+NAMES = ("kd_resnet8_w8_s1", "kd_resnet8_w16_s2", "kd_resnet14_w32_s1", "kd_resnet14_w32_s2", "kd_resnet20_w16_s1", "kd_resnet56_w16_s1")
+default_cfgs = generate_default_cfgs(dict.fromkeys(NAMES, _CFG))
+
+
+@register_model
+def kd_resnet8_w8_s1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """23 k parameters at 100 classes; for images of 8 to 16 px."""
+    return _create("kd_resnet8_w8_s1", pretrained, kwargs, blocks=1, width=8, stem_stride=1)
+
+
+@register_model
+def kd_resnet8_w16_s2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """84 k parameters at 100 classes; the default student, 24 to 32 px."""
+    return _create("kd_resnet8_w16_s2", pretrained, kwargs, blocks=1, width=16, stem_stride=2)
+
+
+@register_model
+def kd_resnet14_w32_s1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """0.7 M parameters; a teacher for 8 to 16 px."""
+    return _create("kd_resnet14_w32_s1", pretrained, kwargs, blocks=2, width=32, stem_stride=1)
+
+
+@register_model
+def kd_resnet14_w32_s2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """0.7 M parameters; the default teacher, 24 to 32 px."""
+    return _create("kd_resnet14_w32_s2", pretrained, kwargs, blocks=2, width=32, stem_stride=2)
+
+
+@register_model
+def kd_resnet20_w16_s1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The ResNet-20 of the CIFAR literature, with projection shortcuts."""
+    return _create("kd_resnet20_w16_s1", pretrained, kwargs, blocks=3, width=16, stem_stride=1)
+
+
+@register_model
+def kd_resnet56_w16_s1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """The ResNet-56 of the CIFAR literature, with projection shortcuts."""
+    return _create("kd_resnet56_w16_s1", pretrained, kwargs, blocks=9, width=16, stem_stride=1)
