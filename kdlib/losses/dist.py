@@ -1,0 +1,54 @@
+"""DIST: correlation instead of agreement (Huang, You, Wang, Qian, Xu, NeurIPS 2022, arXiv 2205.10536)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kdlib.losses.base import Method, non_negative, positive
+from kdlib.types import Batch, Logits, Output, Terms
+
+CONSTANT = 1e-4  # a row with a norm of relative deviations below this counts as constant; fp32 noise is about 1e-6
+EMPTY = 1e-20  # a row with a mean below this counts as zero; far from where fp32's squares and reciprocals leave its range
+
+
+def pearson(a: Float[Tensor, "rows values"], b: Float[Tensor, "rows values"]) -> Float[Tensor, " rows"]:
+    """Pearson correlation of each row of ``a`` with that row of ``b``; both hold probabilities, so means are >= 0.
+
+    Deviations are taken relative to the row's mean, which correlation does not see: a class that nobody predicts (1e-15 everywhere) counts
+    like any other. A row that does not vary has no correlation: its norm is floored at ``CONSTANT``, so that the value goes to 0 and the
+    gradient stays finite. (The authors' code adds 1e-8 to the product of the norms, which mutes rare classes instead.)
+    """
+    deviations: list[Tensor] = []
+    for values in (a, b):
+        mean = values.mean(dim=1, keepdim=True)
+        deviation = (values - mean) / mean.clamp_min(EMPTY)
+        deviations.append(deviation / torch.linalg.vector_norm(deviation, dim=1, keepdim=True).clamp_min(CONSTANT))
+    student, teacher = deviations
+    return (student * teacher).sum(dim=1)
+
+
+def dist(student: Logits, teacher: Logits, tau: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """tau^2 (1 - mean Pearson correlation) of p = softmax(z / tau), over an image's classes (inter) and over a class's images (intra).
+
+    Both lie in [0, 2 tau^2]. ``intra`` depends on which images share a batch. Source: arXiv 2205.10536, equations 7 (inter) and 9 (intra).
+    """
+    student_p = (student / tau).softmax(dim=1)
+    teacher_p = (teacher / tau).softmax(dim=1)
+    inter = 1 - pearson(student_p, teacher_p).mean()
+    intra = 1 - pearson(student_p.T, teacher_p.T).mean()
+    return tau**2 * inter, tau**2 * intra
+
+
+class DIST(Method):
+    """``hard_weight * hard + weight * (beta * inter + gamma * intra)`` (arXiv 2205.10536, equation 10)."""
+
+    def __init__(self, *, hard_weight: float, weight: float, beta: float, gamma: float, tau: float) -> None:
+        super().__init__(hard_weight=hard_weight)
+        self.weight = non_negative("weight", weight)
+        self.beta = non_negative("beta", beta)
+        self.gamma = non_negative("gamma", gamma)
+        self.tau = positive("tau", tau)
+
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
+        inter, intra = dist(student.logits, teacher.logits, self.tau)
+        return {"inter": self.weight * self.beta * inter, "intra": self.weight * self.gamma * intra}

@@ -1,0 +1,53 @@
+"""Decoupled knowledge distillation (Zhao, Cui, Song, Qiu, Liang, CVPR 2022, arXiv 2203.08679)."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kdlib.losses.base import Method, non_negative, positive
+from kdlib.losses.kd import kd
+from kdlib.types import Batch, Logits, Output, Terms
+
+
+def decouple(logits: Logits, labels: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch 2"], Float[Tensor, "batch others"]]:
+    """Logits of the two questions that DKD asks: "the target or another?" and "if another, which?" (arXiv 2203.08679, equations 1 and 2).
+
+    softmax of the first is (p_y, 1 - p_y), softmax of the second is p without its target, renormalised. Only logits are formed, never
+    log(1 - p_y) from p_y, which is -inf in fp32 as soon as the model is sure. Raises ValueError for two classes or fewer.
+    """
+    classes = logits.shape[1]
+    if classes < 3:
+        raise ValueError(f"dkd: found {classes} classes; allowed: 3 or more (without the target nothing is left to tell apart); use kd")
+    places = torch.arange(classes - 1, device=logits.device)
+    others = logits.gather(1, places + (places >= labels[:, None]))
+    target = logits.gather(1, labels[:, None])
+    return torch.cat([target, others.logsumexp(dim=1, keepdim=True)], dim=1), others
+
+
+def dkd(student: Logits, teacher: Logits, labels: Int[Tensor, " batch"], temperature: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """TCKD and NCKD, each times T^2: sum over classes, mean over the batch, in nats.
+
+    TCKD = KL((p_y, 1 - p_y) of the teacher || of the student), NCKD = KL(the other classes, renormalised); p = softmax(z / T).
+    kd = TCKD + (1 - teacher's p_y) NCKD for each image. Source: arXiv 2203.08679, equations 5 to 7.
+    """
+    student_pair, student_others = decouple(student / temperature, labels)
+    teacher_pair, teacher_others = decouple(teacher / temperature, labels)
+    return temperature**2 * kd(student_pair, teacher_pair, 1.0), temperature**2 * kd(student_others, teacher_others, 1.0)
+
+
+class DKD(Method):
+    """``hard_weight * hard + weight * (alpha * TCKD + beta * NCKD)``, without the authors' warm-up (as in the official VanillaKD).
+
+    "The" target of a mixed image is the class with the largest share of it, ``batch.labels``: the paper does not mix.
+    """
+
+    def __init__(self, *, hard_weight: float, weight: float, alpha: float, beta: float, temperature: float) -> None:
+        super().__init__(hard_weight=hard_weight)
+        self.weight = non_negative("weight", weight)
+        self.alpha = non_negative("alpha", alpha)
+        self.beta = non_negative("beta", beta)
+        self.temperature = positive("temperature", temperature)
+
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
+        target, others = dkd(student.logits, teacher.logits, batch.labels, self.temperature)
+        return {"tckd": self.weight * self.alpha * target, "nckd": self.weight * self.beta * others}

@@ -1,0 +1,31 @@
+"""Vanilla knowledge distillation (Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531)."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kdlib.losses.base import Method, non_negative, positive
+from kdlib.types import Batch, Logits, Output, Terms
+
+
+def kd(student: Logits, teacher: Logits, temperature: float) -> Float[Tensor, ""]:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)): sum over classes, mean over the batch, in nats.
+
+    The factor T^2 keeps the gradient's size about the same at every T. Up to the teacher's entropy, which has no gradient, this is the
+    soft cross-entropy of arXiv 1503.02531, section 2 (equation 1 is the softmax with temperature).
+    """
+    student_logp = F.log_softmax(student / temperature, dim=1)
+    teacher_logp = F.log_softmax(teacher / temperature, dim=1)
+    return temperature**2 * F.kl_div(student_logp, teacher_logp, reduction="batchmean", log_target=True)
+
+
+class KD(Method):
+    """``hard_weight * hard + weight * kd``. Hinton's weights sum to 1; the official VanillaKD default has both at 1."""
+
+    def __init__(self, *, hard_weight: float, weight: float, temperature: float) -> None:
+        super().__init__(hard_weight=hard_weight)
+        self.weight = non_negative("weight", weight)
+        self.temperature = positive("temperature", temperature)
+
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
+        return {"kd": self.weight * kd(student.logits, teacher.logits, self.temperature)}
