@@ -1,0 +1,24 @@
+"""Real handwritten digits that come with scikit-learn: 1,797 images of 8 x 8 (UCI optdigits, test part)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from kdlib import config
+from kdlib.data.splits import SPLITS, Content, Images, stratified_split
+
+
+def contents(name: str, params: config.Digits) -> Content:
+    """A stratified split by ``params.seed``. The 17 grey levels 0..16 become ``(255 v + 8) // 16``: 0..255, rounded half up."""
+    from sklearn.datasets import load_digits  # noqa: PLC0415  (takes a second, which no other stage should pay)
+
+    raw = load_digits()
+    images = ((255 * raw.images.astype(np.int64) + 8) // 16).astype(np.uint8)[..., None]
+    labels = raw.target.astype(np.int64)
+    shares = (params.val_fraction, params.test_fraction)
+    index = dict(zip(SPLITS, stratified_split(labels, shares, params.seed, f"data.{name}"), strict=True))
+
+    def blocks(split: str) -> Iterator[Images]:
+        yield images[index[split]]
+
+    return Content([str(digit) for digit in range(10)], 8, 1, {split: labels[index[split]] for split in SPLITS}, blocks)

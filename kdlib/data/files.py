@@ -1,0 +1,69 @@
+"""Image files in class folders: found by timm's reader, decoded once by Pillow to square RGB."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key
+
+from kdlib import config
+from kdlib.data.splits import BLOCK, Images, Labels
+
+
+def place(path: str) -> Path:
+    """A path of params.yaml: absolute, or from the home folder (~), or relative to the folder of params.yaml."""
+    given = Path(path).expanduser()
+    return given if given.is_absolute() else config.find_root() / given
+
+
+def find(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
+    """Class names in natural order, the image files below ``root/<class>/`` sorted by class and name, and their classes.
+
+    Files without an image's extension are ignored, as timm does. Raises ``Refused`` about ``key`` for a missing folder, an empty class,
+    an image outside of the class folders or deeper within them (timm would name its class by the innermost folder).
+    """
+    if not root.is_dir():
+        raise config.refuse(key, str(root), "a folder that exists", "correct the path")
+    files = [Path(file) for file, _ in find_images_and_targets(str(root), sort=False)[0]]
+    for file in files:
+        if file.parent.parent != root:
+            raise config.refuse(key, str(file), f"images directly in {root}/<class>/", "move it into the folder of its class")
+    folders = {folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
+    empty = sorted(folders - {file.parent.name for file in files})
+    if empty:
+        raise config.refuse(key, str(root / empty[0]), "at least one image of every class", "add images or remove the folder")
+    # By name too: natural_key takes "A" for "a" and "01" for "1", and would leave their order to the file system.
+    names = sorted({file.parent.name for file in files}, key=lambda name: (natural_key(name), name))
+    rank = {name: label for label, name in enumerate(names)}
+    files.sort(key=lambda file: (rank[file.parent.name], file.name))
+    return names, [str(file) for file in files], np.array([rank[file.parent.name] for file in files], np.int64)
+
+
+def decode(key: str, file: str, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """RGB; the short side resized to ``size`` (bicubic, antialiased), the centre cut out: in one step, exact at native size.
+
+    Raises ``Refused`` about ``key``, naming the file.
+    """
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        found = f"{file}: {' '.join(str(error).split())}"
+        raise config.refuse(key, found, "images that Pillow can read", "replace or remove this file") from error
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
+
+
+def decode_all(key: str, files: Sequence[str], size: int) -> Iterator[Images]:
+    """Decoded blocks in order, by as many threads as there are cores (Pillow lets go of the interpreter while it decodes)."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    step = max(4 * workers, BLOCK // (size * size * 3))
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(files), step):
+            yield np.stack(list(pool.map(lambda file: decode(key, file, size), files[start : start + step])))
