@@ -17,18 +17,8 @@ Run = tuple[str, str, int]  # comparison, variant, seed
 
 MEASURES = ("top1", "top5", "nll", "ece", "agreement", "teacher_kl")
 _TEXTS = (
-    "comparison",
-    "data",
-    "teacher",
-    "student",
-    "recipe",
-    "hard_loss",
-    "method",
-    "variant",
-    "parameters",
-    "fingerprint",
-    "status",
-    "diverged_cause",
+    *("comparison", "data", "teacher", "student", "recipe", "hard_loss"),
+    *("method", "variant", "parameters", "fingerprint", "status", "diverged_cause"),
 )
 _COUNTS = (
     *("classes", "train_images", "seed", "diverged_step", "images_seen", "steps"),
@@ -41,7 +31,9 @@ COLUMNS = [
     *("student_parameters", "extra_parameters", "train_flops", "teacher_flops"),
     *(f"{split}_{measure}" for split in ("val", "test") for measure in MEASURES),
 ]
-_TYPES = {name: "str" if name in _TEXTS else "Int64" if name in _COUNTS else "bool" if name == "trial" else "float64" for name in COLUMNS}
+_TYPES = {
+    name: "string" if name in _TEXTS else "Int64" if name in _COUNTS else "bool" if name == "trial" else "float64" for name in COLUMNS
+}
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -133,9 +125,10 @@ def _join(root: Path, expected: Iterable[Run], read: Callable[[Path], pd.DataFra
     parts = []
     for run in expected:
         part = read(run_folder(root, run))
-        for place, (column, value) in enumerate(zip(("comparison", "variant", "seed"), run, strict=True)):
-            part.insert(place, column, value)
-        parts.append(part)
+        comparison, variant, seed = run
+        parts.append(
+            pd.concat([pd.DataFrame({"comparison": comparison, "variant": variant, "seed": seed}, index=part.index), part], axis=1)
+        )
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["comparison", "variant", "seed"])
 
 

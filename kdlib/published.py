@@ -1,0 +1,52 @@
+"""What others published about these methods, each number with its source. What nobody published is not here: no row, or a blank."""
+
+from pathlib import Path
+
+import pandas as pd
+
+FILE = Path("results/published/results.csv")
+_TEXTS = ("table", "dataset", "teacher", "student", "recipe", "method", "metric", "kind", "source")
+_FRACTIONS = {"imagenet1k_30pct": ("imagenet1k", 0.3), "imagenet1k_60pct": ("imagenet1k", 0.6)}
+
+
+def read(root: Path) -> pd.DataFrame:
+    """All published numbers: table, dataset, teacher, student, recipe, epochs, method, metric, value (as printed), kind, source."""
+    types = dict.fromkeys(_TEXTS, "string") | {"epochs": "Int64", "value": "float64"}
+    return pd.read_csv(root / FILE, dtype=types, keep_default_na=False, na_values=[""])
+
+
+def figure1(published: pd.DataFrame) -> pd.DataFrame:
+    """Leads over vanilla KD by data scale: data, fraction, method, baseline, lead (in [-1, 1]), kind, source.
+
+    Source: Hao et al., "Revisit the power of vanilla knowledge distillation", NeurIPS 2023, Figure 1, read off the figure.
+    """
+    rows = published[published["table"] == "figure1"]
+    places = [_FRACTIONS.get(str(name), (str(name), 1.0)) for name in rows["dataset"]]
+    return pd.DataFrame(
+        {
+            "data": [data for data, _ in places],
+            "fraction": [fraction for _, fraction in places],
+            "method": [str(method).removesuffix("_minus_kd") for method in rows["method"]],
+            "baseline": "kd",
+            "lead": (rows["value"] / 100).to_numpy(),
+            "kind": rows["kind"].to_numpy(),
+            "source": rows["source"].to_numpy(),
+        }
+    )
+
+
+def table1(published: pd.DataFrame) -> pd.DataFrame:
+    """Top-1 under the previous, short recipes, CIFAR-100 and ImageNet (after the paper's Table 1); columns as in ``_accuracies``."""
+    return _accuracies(published, ["table1_cifar100", "table1_imagenet"])
+
+
+def strategies(published: pd.DataFrame) -> pd.DataFrame:
+    """Top-1 on ImageNet under the strong recipes A2 and A1 (after the paper's Table 3); columns as in ``_accuracies``."""
+    return _accuracies(published, ["table3_methods"])
+
+
+def _accuracies(published: pd.DataFrame, tables: list[str]) -> pd.DataFrame:
+    """data, teacher, student, recipe, epochs, method (a student alone is ``no_kd``; ``teacher`` stays), top1 (in [0, 1]), kind, source."""
+    rows = published[published["table"].isin(tables) & (published["metric"] == "top1")].reset_index(drop=True)
+    rows = rows.rename(columns={"dataset": "data"}).assign(method=rows["method"].replace("student", "no_kd"), top1=rows["value"] / 100)
+    return rows[["data", "teacher", "student", "recipe", "epochs", "method", "top1", "kind", "source"]]

@@ -1,0 +1,138 @@
+"""A small study and runs with known accuracies, in the form in which the pipeline leaves them on disk."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kdlib import config, results
+
+RANDAUGMENT = {"operations": 0, "magnitude": 0.0, "magnitude_std": 0.0}
+RECIPE = {
+    **{"epochs": 2.0, "batch_size": 4, "optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "warmup": 0.0, "hard_loss": "ce"},
+    **{"label_smoothing": 0.0, "drop_path": 0.0, "crop_padding": 0.0, "crop_min_area": 1.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0},
+    "randaugment": RANDAUGMENT,
+}
+DIGITS = {"source": "digits", "val_fraction": 0.1, "test_fraction": 0.2, "seed": 0, "hflip": 0.0}
+METHODS = {
+    "no_kd": {"hard_weight": 1.0},
+    "kd": {"hard_weight": 1.0, "weight": 1.0, "temperature": 1.0},
+    "dkd": {"hard_weight": 1.0, "weight": 1.0, "alpha": 1.0, "beta": 2.0, "temperature": 1.0},
+    "dist": {"hard_weight": 1.0, "weight": 1.0, "beta": 1.0, "gamma": 1.0, "tau": 1.0},
+}
+GRIDS = {"kd": {"temperature": [1.0, 4.0], "weight": [1.0, 2.0]}, "dkd": {"beta": [1.0, 2.0], "temperature": [1.0, 4.0]}}
+CHOSEN = {"kd": {"temperature": 4.0, "weight": 1.0}, "dkd": {"beta": 2.0, "temperature": 4.0}}
+
+# test top-1 by (comparison, variant), one number per seed 0, 1, 2
+ACCURACY = {
+    ("small_weak", "no_kd"): (0.40, 0.42, 0.41),
+    ("small_weak", "kd"): (0.50, 0.54, 0.52),
+    ("small_weak", "dkd"): (0.60, 0.65, 0.62),  # leads .10 .11 .10
+    ("small_weak", "dist"): (0.51, 0.53, 0.53),
+    ("large_weak", "no_kd"): (0.60, 0.61, 0.62),
+    ("large_weak", "kd"): (0.70, 0.71, 0.72),
+    ("large_weak", "dkd"): (0.72, 0.73, 0.73),  # leads .02 .02 .01
+    ("large_weak", "dist"): (0.69, 0.71, 0.72),
+    ("small_strong", "no_kd"): (0.38, 0.39, 0.40),
+    ("small_strong", "kd"): (0.52, 0.55, 0.53),
+    ("small_strong", "dkd"): (0.57, 0.61, 0.59),
+    ("small_strong", "dist"): (0.51, 0.53, 0.53),
+    ("large_strong", "no_kd"): (0.59, 0.60, 0.61),
+    ("large_strong", "kd"): (0.71, 0.72, 0.73),
+    ("large_strong", "dkd"): (0.71, 0.73, 0.73),
+    ("large_strong", "dist"): (0.70, 0.71, 0.73),
+    ("tune", "kd_tuned"): (0.61, 0.64, 0.63),
+    ("tune", "dkd_tuned"): (0.63, 0.64, 0.64),
+}
+
+
+def study(**changes: Any) -> config.Study:
+    """Two scales, two recipes, one sweep; ``changes`` replace keys of the section ``study``."""
+    teacher = {"data": "digits", "model": "net", "recipe": "weak", "seed": 0, "checkpoint": None, "min_top1": 0.5}
+    place = {"data": "digits", "teacher": "big", "student": "net", "sweep": None}
+    comparisons = {
+        f"{size}_{recipe}": {**place, "fraction": fraction, "recipe": recipe, "methods": list(METHODS)}
+        for size, fraction in (("small", 0.1), ("large", 1.0))
+        for recipe in ("weak", "strong")
+    }
+    tune = {**place, "fraction": 0.1, "recipe": "weak", "methods": [], "sweep": {"seed": 0, "grids": GRIDS}}
+    headline = {"data": "digits", "weak": "weak", "strong": "strong"}
+    general = {"seeds": [0, 1, 2], "baseline": "kd", "challengers": ["dkd", "dist"], "confidence": 0.95}
+    return config.parse(
+        {
+            "study": {**general, "on_divergence": "continue", "checkpoint_seconds": 0.0, "headline": headline, **changes},
+            "data": {"digits": DIGITS},
+            "teachers": {"big": teacher},
+            "recipes": {"weak": RECIPE, "strong": RECIPE},
+            "methods": METHODS,
+            "comparisons": {**comparisons, "tune": tune},
+        }
+    )
+
+
+def descriptions(of: config.Study) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """run.json and metrics.json of every run, in the order of a study: the trials of a sweep come first."""
+    for name, item in of.comparisons.items():
+        if item.sweep is not None:
+            for method, grid in item.sweep.grids.items():
+                for point in config.trials(grid):
+                    top1 = 0.6 + 0.01 * sum(point[axis] == CHOSEN[method][axis] for axis in point)
+                    variant = f"trial/{method}." + ".".join(f"{axis}_{value:g}" for axis, value in point.items())
+                    yield _run(name, item, (method, variant), {**of.methods[method], **point}, 0) | {"trial": True}, _metrics({"val": top1})
+        plain = {method: (method, of.methods[method]) for method in item.methods}
+        tuned = {
+            f"{method}_tuned": (method, {**of.methods[method], **CHOSEN[method]}) for method in (item.sweep.grids if item.sweep else {})
+        }
+        for variant, (method, parameters) in {**plain, **tuned}.items():
+            for seed in of.study.seeds:
+                top1 = ACCURACY[name, variant][seed]
+                yield _run(name, item, (method, variant), parameters, seed), _metrics({"val": top1 - 0.01, "test": top1}, method)
+
+
+def _run(name: str, item: config.Comparison, who: tuple[str, str], parameters: dict[str, float], seed: int) -> dict[str, Any]:
+    where = {"comparison": name, "data": item.data, "classes": 10, "fraction": item.fraction, "train_images": round(1000 * item.fraction)}
+    how = {"teacher": item.teacher, "student": item.student, "recipe": item.recipe, "hard_loss": "ce", "method": who[0], "variant": who[1]}
+    return {**where, **how, "parameters": parameters, "seed": seed, "trial": False, "fingerprint": "f" * 8}
+
+
+def _metrics(top1: dict[str, float], method: str = "kd") -> dict[str, Any]:
+    found: dict[str, Any] = {"status": "finished", "diverged_step": None, "diverged_cause": None, "images_seen": 2000, "steps": 500}
+    found |= {"student_parameters": 12345, "extra_parameters": 7 if method == "dist" else 0}
+    found |= {"train_flops": 3 * 10**12 if method == "dkd" else 2 * 10**12, "teacher_flops": 0 if method == "no_kd" else 9 * 10**12}
+    for split, value in top1.items():
+        others = {"top5": 1.0, "nll": 2 - value, "ece": value / 10, "agreement": value, "teacher_kl": 1 - value}
+        found |= {f"{split}_{measure}": number for measure, number in {"top1": value, **others}.items()}
+    return found
+
+
+def diverged(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The same run, had its loss stopped being finite: its measures are absent."""
+    kept = {key: value for key, value in metrics.items() if not key.startswith(("val_", "test_"))}
+    return kept | {"status": "diverged", "diverged_step": 17, "diverged_cause": "learning_rate 0.1 is too large, perhaps"}
+
+
+def write(root: Path, run: dict[str, Any], metrics: dict[str, Any]) -> results.Run:
+    """One run directory."""
+    name = (run["comparison"], run["variant"], run["seed"])
+    folder = results.run_folder(root, name)
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "timing.json").write_text(json.dumps({"seconds": 1.5}))
+    (folder / "curve.csv").write_text("epoch,step,images_seen,loss,loss_hard,val_top1\n1,250,1000,2.5,2.5,\n2,500,2000,1.5,1.5,0.5\n")
+    return name
+
+
+def study_on_disk(root: Path, of: config.Study) -> list[results.Run]:
+    """Every run of a study; returns their names."""
+    return [write(root, run, metrics) for run, metrics in descriptions(of)]
+
+
+def runs(root: Path, of: config.Study) -> pd.DataFrame:
+    """runs.csv's frame of a study written below ``root``."""
+    return results.collect(root, study_on_disk(root, of))
+
+
+TEACHERS = pd.DataFrame({"teacher": ["big"], "test_top1": [0.9]})
