@@ -17,7 +17,7 @@ ATTEMPTS = 10  # at a crop that fits into the image; then the whole image is tak
 
 @dataclass(frozen=True)
 class Crops:
-    """Of each image, in pixels: moved so that view[y, x] = image[y + down, x + right], mirrored, then one box of it stretched to full size."""
+    """Of each image, in pixels: moved so that view[y, x] = image[y + down, x + right], mirrored, then one box of it stretched."""
 
     shifts: Int[np.ndarray, "2 batch"]  # down, right
     flips: Bool[np.ndarray, " batch"]

@@ -44,7 +44,7 @@ class ViewStream:
         levels = torch.from_numpy(np.asarray(self.images[rows])).to(self.device)
         height, width = levels.shape[1:3]
         levels = augment.crop(levels, augment.draw(rng, self.recipe, self.hflip, (len(rows), height, width)))
-        levels = randaugment.apply(levels, self.recipe.randaugment)
+        levels = randaugment.apply(levels, randaugment.draw(rng, self.recipe.randaugment, len(rows)))
         mix = mixing.draw(rng, self.recipe, height, width)
         labels = torch.from_numpy(np.asarray(self.labels[rows], np.int64)).to(self.device)
         return Batch(
@@ -76,6 +76,6 @@ class ViewStream:
         order = self._orders.get(epoch)
         if order is None:
             order = self._orders[epoch] = generator(self.seed, "order", epoch).permutation(len(self.index))
-            for old in [kept for kept in self._orders if abs(kept - epoch) > 1]:
+            for old in [kept for kept in tuple(self._orders) if abs(kept - epoch) > 1]:
                 self._orders.pop(old, None)
         return order
