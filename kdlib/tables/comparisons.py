@@ -7,7 +7,7 @@ import pandas as pd
 from kdlib import published, results, stats
 from kdlib.config import Study
 from kdlib.tables.leads import by_seed, leads, ordered, train_images
-from kdlib.tables.render import Table, lead, measured, number, scale, told
+from kdlib.tables.render import Table, lead, measured, number, records, scale, told
 
 PAPER = "Hao et al. 2023"
 HERE = "measured here"
@@ -19,8 +19,8 @@ def sure(study: Study) -> str:
     """How every number of a caption was measured."""
     seeds = ", ".join(map(str, study.study.seeds))
     return (
-        f"Seeds {seeds}. ± is half the width of a {100 * study.study.confidence:g} % Student t interval over n seeds, differences paired by "
-        "seed; it is absent where fewer than two seeds finished or all of them agree exactly. Diverged runs are left out and reduce n."
+        f"Seeds {seeds}. ± is half the width of a {100 * study.study.confidence:g} % Student t interval over n seeds, differences paired "
+        "by seed; it is absent where fewer than two seeds finished or all of them agree exactly. Diverged runs are left out and reduce n."
     )
 
 
@@ -32,12 +32,12 @@ def data_scale(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame) -> Table
     paper = paper[paper["method"].isin(study.study.challengers) & (paper["baseline"] == study.study.baseline)]
     paper = paper.assign(question="published", source=f"{PAPER}, Figure 1, " + paper["kind"] + ": " + paper["source"]).drop(columns="kind")
     cells: Cells = {}
-    for row in sorted(ours.to_dict("records"), key=lambda row: row["data"] != study.study.headline.data):
+    data = [study.study.headline.data, *study.data]
+    for row in sorted(records(ours), key=lambda row: data.index(row["data"])):
         cells.setdefault((_place(study, row), row["recipe"], row["scale"], HERE), {})[row["method"]] = lead(row)
-    for row in paper.to_dict("records"):
-        cells.setdefault((row["data"], "", scale(row["fraction"]), row["source"]), {})[row["method"]] = number(
-            100 * row["mean"], 2, sign=True
-        )
+    for row in records(paper):
+        place = (row["data"], "", scale(row["fraction"]), row["source"])
+        cells.setdefault(place, {})[row["method"]] = number(100 * row["mean"], 2, sign=True)
     challengers = [name for name in study.study.challengers if name != study.study.baseline]
     shown = pd.DataFrame(
         [[*place, *(found.get(name, "") for name in challengers), source] for (*place, source), found in cells.items()],
@@ -45,8 +45,9 @@ def data_scale(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame) -> Table
     )
     caption = (
         f"Lead over `{study.study.baseline}` in points of test top-1. {sure(study)} Rows with “minus” are the headline: how a lead changes "
-        "from the small to the large scale, or from the weak to the strong recipe; positive means that it shrinks. Every run sees equally "
-        f"many images. Verdicts hold family-wise at {100 * study.study.confidence:g} % (Holm over the answers to one question on one data "
+        "from the small to the large scale, or from the weak to the strong recipe; positive means that it shrinks. "
+        "All scales of a data set see equally many images. "
+        f"Verdicts hold family-wise at {100 * study.study.confidence:g} % (Holm over the answers to one question on one data "
         "set), so they are stricter than the intervals. The paper publishes no intervals."
     )
     frame = pd.concat([ours, paper], ignore_index=True).astype({"n": "Int64"})
@@ -84,15 +85,16 @@ def recipes(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame, teachers: p
     paper = paper.assign(mean=paper["top1"], source=paper["kind"] + ": " + paper["source"]).drop(columns=["top1", "kind"])
     teacher = dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
     cells: Cells = {}
-    for row in ours.to_dict("records"):
+    for row in records(ours):
         place = (row["data"], row["recipe"], scale(row["fraction"], row["train_images"]), f"{row['teacher']} → {row['student']}", HERE)
         found = cells.setdefault(place, {"teacher": number(100 * teacher[row["teacher"]]) if row["teacher"] in teacher else ""})
         against = row["baseline"]
         found[row["method"] if pd.isna(against) else f"{row['method']} minus {against}"] = measured(row) if pd.isna(against) else lead(row)
     places = ["data", "teacher", "student", "recipe", "epochs"]
-    for (data, mentor, student, recipe, epochs), part in paper.groupby(places, sort=False, dropna=False):
-        how = str(recipe) if pd.isna(epochs) else f"{recipe}, {epochs} epochs"
-        key = (str(data), how, scale(1.0), f"{mentor} → {student}", "; ".join(dict.fromkeys(part["source"])))
+    for _, part in paper.groupby(places, sort=False, dropna=False):
+        row = records(part)[0]
+        how = row["recipe"] + ("" if pd.isna(row["epochs"]) else f", {row['epochs']} epochs")
+        key = (row["data"], how, scale(1.0), f"{row['teacher']} → {row['student']}", "; ".join(dict.fromkeys(part["source"])))
         cells[key] = {method: number(100 * value, 2) for method, value in zip(part["method"], part["mean"], strict=True)}
     methods = [name for name in study.methods if name in set(ours["method"])]
     columns = ["teacher", *methods, *(f"{name} minus {study.study.baseline}" for name in study.study.challengers if name in methods)]
@@ -101,8 +103,8 @@ def recipes(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame, teachers: p
         columns=["data set", "recipe", "training images", "teacher → student", *columns, "source"],
     )
     caption = (
-        f"Test top-1 in percent, differences in points. {sure(study)} Verdicts as in the table data_scale. Published rows stand as printed; "
-        "a cell that nobody measured or published is blank."
+        f"Test top-1 in percent, differences in points. {sure(study)} Verdicts as in the table data_scale. Published rows stand as "
+        "printed; a cell that nobody measured or published is blank."
     )
     frame = pd.concat([ours, paper], ignore_index=True).astype({"n": "Int64", "epochs": "Int64"})
     return Table("recipes", "Methods under each recipe, beside the published numbers", caption, frame, shown)
@@ -126,7 +128,7 @@ def measures(study: Study, runs: pd.DataFrame) -> Table:
         columns=["comparison", "data set", "method", *units],
     )
     caption = (
-        f"On the test split, at the last epoch. {sure(study)} nll: negative log-likelihood; ece: expected calibration error; agreement: share "
-        "of images on which student and teacher choose the same class; teacher_kl: KL of the student's answers from the teacher's."
+        f"On the test split, at the last epoch. {sure(study)} nll: negative log-likelihood; ece: expected calibration error; agreement: "
+        "share of images on which student and teacher choose the same class; teacher_kl: KL of the student's answers from the teacher's."
     )
     return Table("measures", "All measures of every student", caption, pd.DataFrame(rows), shown)

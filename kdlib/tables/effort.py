@@ -10,7 +10,7 @@ from kdlib import stats
 from kdlib.config import Study, Sweep
 from kdlib.tables.comparisons import sure
 from kdlib.tables.leads import by_seed, leads, ordered, same_setting
-from kdlib.tables.render import TIMES, Table, lead, measured, number, told
+from kdlib.tables.render import TIMES, Table, lead, measured, number, records, told
 
 _COUNTS = ["images_seen", "student_parameters", "extra_parameters", "train_flops", "teacher_flops"]
 
@@ -42,7 +42,7 @@ def _grid(study: Study, runs: pd.DataFrame, comparison: str, method: str) -> Tab
     *first, last = sweep.grids[method]
     values = sorted(set(frame[last]))
     cells: dict[tuple[float, ...], dict[float, str]] = {}
-    for row in frame.to_dict("records"):
+    for row in records(frame):
         cell = number(100 * row["val_top1"]) if row["status"] == "finished" else row["status"]
         cells.setdefault(tuple(row[axis] for axis in first), {})[row[last]] = cell + (" (chosen)" if row["chosen"] else "")
     shown = pd.DataFrame(
@@ -72,7 +72,7 @@ def tuning(study: Study, runs: pd.DataFrame) -> Table:
             for variant in (method, f"{method}_tuned"):
                 own, home = _tuning_row(study, runs, comparison, method, variant)
                 ahead = everyone[(everyone["comparison"] == home) & (everyone["method"] == variant)]
-                found = {row["baseline"]: row for row in ahead.to_dict("records") if row["question"] in ("lead", "tuning")}
+                found = {row["baseline"]: row for row in records(ahead) if row["question"] in ("lead", "tuning")}
                 rows += [own, *({**own, **found[name]} for name in against if name in found)]
                 place = [own["data"], f"{own['recipe']}, {100 * own['fraction']:g} %", variant, own["parameters"], str(own["trials"])]
                 shown.append([*place, measured(own), *(lead(found[name]) if name in found else "" for name in against)])
@@ -81,10 +81,10 @@ def tuning(study: Study, runs: pd.DataFrame) -> Table:
     heads = ["data set", "recipe, images", "method", "parameters", "trials", "test top-1", *(f"minus {name}" for name in against)]
     seeds = ", ".join(sorted({str(sweep.seed) for sweep in sweeps(study).values()}))
     caption = (
-        f"Test top-1 in percent, differences in points. {sure(study)} `_tuned` uses the point of the grid with the best validation top-1 at "
-        f"seed {seeds}, after the same number of trials for every method; the test split took no part in the choice. Untuned methods come from "
-        "the comparison with the same data, images, models and recipe; their verdicts are those of the table data_scale. Verdicts of tuned "
-        "methods: Holm over this table's pairs on one data set."
+        f"Test top-1 in percent, differences in points. {sure(study)} `_tuned` uses the point of the grid with the best validation "
+        f"top-1 at seed {seeds}, after the same number of trials for every method; the test split took no part in the choice. Untuned "
+        "methods come from the comparison with the same data, images, models and recipe; their verdicts are those of the table "
+        "data_scale. Verdicts of tuned methods: Holm over this table's pairs on one data set."
     )
     title = "What tuning gains, with equal effort for every method"
     return Table("tuning", title, caption, frame.astype({"trial_seed": "Int64"}), pd.DataFrame(shown, columns=heads))
@@ -95,8 +95,8 @@ def _tuning_row(study: Study, runs: pd.DataFrame, comparison: str, method: str, 
     item, sweep = study.comparisons[comparison], sweeps(study)[comparison]
     tuned = variant != method
     home = comparison if tuned else same_setting(study, comparison, method)
-    texts = runs.loc[(runs["comparison"] == home) & (runs["variant"] == variant), "parameters"] if home else []
-    values = json.loads(next(iter(texts), "{}"))
+    texts: list[str] = list(runs.loc[(runs["comparison"] == (home or "")) & (runs["variant"] == variant), "parameters"])
+    values = json.loads(texts[0]) if texts else {}
     row: dict[str, Any] = {key: getattr(item, key) for key in ("data", "recipe", "fraction")}
     row |= {"comparison": home or comparison, "method": variant}
     row |= {"parameters": ", ".join(f"{axis} {values[axis]:g}" for axis in sweep.grids[method] if axis in values)}
@@ -119,20 +119,18 @@ def cost(study: Study, runs: pd.DataFrame) -> Table:
         base = students[(students["comparison"] == home) & (students["variant"] == study.study.baseline)]["train_flops"].max()
         sharing = here.loc[here["teacher_flops"] > 0, "variant"].nunique()
         for (variant, method), part in here.groupby(["variant", "method"], sort=False):
-            row = {"comparison": name, "data": study.comparisons[name].data, "method": variant}
-            row |= {column: int(part[column].max()) for column in _COUNTS}
-            row |= {
-                "relative": math.nan if pd.isna(base) else row["train_flops"] / int(base),
-                "sharing": sharing if row["teacher_flops"] else 0,
-            }
+            counts = {column: int(part[column].max()) for column in _COUNTS}
+            row = {"comparison": name, "data": study.comparisons[name].data, "method": variant, **counts}
+            row["relative"] = math.nan if pd.isna(base) else counts["train_flops"] / int(base)
+            row["sharing"] = sharing if counts["teacher_flops"] else 0
             rows.append(row | {"trials": _trials(runs, name, str(method)) if variant != method else 0})
     columns = ["comparison", "data", "method", *_COUNTS, "relative", "sharing", "trials"]
     heads = ["comparison", "data set", "method", "images seen", "student parameters", "extra parameters", "student TFLOPs"]
     heads += ["teacher TFLOPs", f"student, relative to {study.study.baseline}", "students sharing the teacher", "trials"]
     caption = (
-        "Per finished run, the same for every seed. TFLOPs: 1e12 floating point operations. Student: forward and backward passes of the whole "
-        "training. Teacher: one pass over the same images, made once and shared by so many students of a seed. Trials: further runs that "
-        "chose the row's parameters, each as costly as the row itself."
+        "Per finished run, the same for every seed. TFLOPs: 1e12 floating point operations. Student: forward and backward passes of the "
+        "whole training. Teacher: one pass over the same images, made once and shared by so many students of a seed. Trials: further "
+        "runs that chose the row's parameters, each as costly as the row itself."
     )
     shown = pd.DataFrame([_cost_row(row) for row in rows], columns=heads)
     return Table("cost", "What each row cost", caption, pd.DataFrame(rows, columns=columns), shown)

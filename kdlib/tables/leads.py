@@ -81,7 +81,7 @@ def verdicts(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def ordered(study: Study) -> list[str]:
-    """The names of all comparisons: the headline's data set first, then by data set, models, recipe (as params.yaml lists them), fraction."""
+    """The names of all comparisons: the headline's data set first, then by data set, models, recipe (in params.yaml's order), scale."""
     data = [study.study.headline.data, *study.data]
 
     def key(name: str) -> tuple[int, str, str, int, float]:

@@ -8,7 +8,7 @@ import pandas as pd
 from kdlib.config import Refused, Study
 from kdlib.tables.comparisons import data_scale
 from kdlib.tables.leads import leads
-from kdlib.tables.render import number, pipe
+from kdlib.tables.render import number, pipe, records
 
 _SUBJECT = {"scale": "with more data", "recipe": "under the stronger recipe"}
 
@@ -16,41 +16,51 @@ _SUBJECT = {"scale": "with more data", "recipe": "under the stronger recipe"}
 def readme_block(study: Study, runs: pd.DataFrame, published: pd.DataFrame, figure: str) -> str:
     """Answers, figure (a path as README links it) and the data scale table, as Markdown."""
     table = data_scale(study, runs, published)
-    return "\n\n".join(["\n".join(answers(study, runs)), f"![{table.title}]({figure})", pipe(table.shown), table.caption])
+    seeds = ", ".join(map(str, study.study.seeds))
+    how = f"seeds {seeds}; points of test top-1 with {100 * study.study.confidence:g} % t intervals paired by seed"
+    lines = [f"On {study.study.headline.data} ({how}):", "", *answers(study, runs)]
+    return "\n\n".join(["\n".join(lines), f"![{table.title}]({figure})", pipe(table.shown), table.caption])
 
 
 def answers(study: Study, runs: pd.DataFrame) -> list[str]:
     """One sentence per question and challenger on the headline's data set, with the numbers behind it."""
     everyone = leads(study, runs)
-    rows = everyone[everyone["data"] == study.study.headline.data].to_dict("records")
-    told = {(row["comparison"], row["method"]): row for row in rows if row["question"] == "lead"}
-    return [_change(row, told) if row["question"] in _SUBJECT else _pair(row) for row in rows if row["question"] != "lead"]
+    rows = records(everyone[everyone["data"] == study.study.headline.data])
+    leading = {(row["comparison"], row["method"]): row for row in rows if row["question"] == "lead"}
+    return [_change(row, leading) if row["question"] in _SUBJECT else _pair(row) for row in rows if row["question"] != "lead"]
 
 
-def _change(row: dict[str, Any], told: dict[tuple[str, str], dict[str, Any]]) -> str:
-    steps = " → ".join(_points(told[name, row["method"]]) for name in row["comparison"].split(" minus "))
-    where = f"recipe {row['recipe']}, {row['scale']} of the training images".replace(" minus ", " → ")
-    verdict = f"it **{row['verdict']}** {_SUBJECT[row['question']]}"
-    if row["verdict"] == "inconclusive":
-        verdict = f"**inconclusive** whether it changes {_SUBJECT[row['question']]}"
-    lead = f"{row['method']}'s lead over {row['baseline']}: {steps} points"
-    return f"- {row['data']}, {where}: {lead}; first minus second {_points(row)} (n={row['n']}): {verdict if row['n'] else 'not measured'}."
+def _change(row: dict[str, Any], leading: dict[tuple[str, str], dict[str, Any]]) -> str:
+    steps = " → ".join(_points(leading[name, row["method"]]) for name in row["comparison"].split(" minus "))
+    where = f"recipe {row['recipe']}, {row['scale']}".replace(" minus ", " → ")
+    subject = _SUBJECT[row["question"]]
+    answer = f"**inconclusive** whether it changes {subject}" if row["verdict"] == "inconclusive" else f"it **{row['verdict']}** {subject}"
+    return f"- {where}: {row['method']}'s lead over {row['baseline']} {steps}: {_last(row, answer)}"
 
 
 def _pair(row: dict[str, Any]) -> str:
-    verdict = f"**{row['verdict']}**" if row["n"] else "not measured"
-    where = f"recipe {row['recipe']}, {row['scale']}"
-    return f"- {row['data']}, {where}: {row['method']} minus {row['baseline']} {_points(row)} points (n={row['n']}): {verdict}."
+    return (
+        f"- recipe {row['recipe']}, {row['scale']}: {row['method']} against {row['baseline']}: {_last(row, '**' + row['verdict'] + '**')}"
+    )
+
+
+def _last(row: dict[str, Any], answer: str) -> str:
+    return f"{answer} (difference {_points(row)}, n={row['n']})." if row["n"] else "not measured."
 
 
 def _points(row: dict[str, Any]) -> str:
-    """``+1.5 [+0.2, +2.8]``"""
+    """``+1.5 [+0.2, +2.8]``; a dash when nothing was measured."""
+    if row["n"] == 0:
+        return "-"
     ends = "" if math.isnan(row["low"]) else f" [{number(100 * row['low'], sign=True)}, {number(100 * row['high'], sign=True)}]"
     return number(100 * row["mean"], sign=True) + ends
 
 
 def insert_between_markers(text: str, block: str, name: str) -> str:
-    """``text`` with ``block`` between ``<!-- name:begin -->`` and ``<!-- name:end -->``. Raises ``Refused`` unless each is there once, in order."""
+    """``text`` with ``block`` between ``<!-- name:begin -->`` and ``<!-- name:end -->``.
+
+    Raises ``Refused`` unless each marker is there once, in this order.
+    """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     found = (text.count(begin), text.count(end))
     if found != (1, 1) or text.index(begin) > text.index(end):
