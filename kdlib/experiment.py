@@ -1,0 +1,266 @@
+"""Assembles one stage of the study from its names: the only place that knows data sets, models, methods and recipes by name."""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import load_file
+
+from kdlib import config
+from kdlib.checks import check_against_data, check_method, check_names
+from kdlib.config import Study, refuse
+from kdlib.data import prepare
+from kdlib.data.splits import DataSet, load, subset
+from kdlib.losses import METHODS
+from kdlib.models import Classifier, build
+from kdlib.plan import TUNED, Variant, expected_runs, methods_of, trials_of
+from kdlib.provenance import code_fingerprint, fingerprint
+from kdlib.results import TEACHERS, run_folder, write_json
+from kdlib.store import Store, beside_dvc_cache
+from kdlib.train.run import Job, Setting, train, write_measured
+from kdlib.train.teacher import Teacher
+
+DATA = Path("runs/data")  # <name>/ below it
+PLAIN = "no_kd"  # how a teacher is trained
+# What a run's fingerprint covers by value, or what only moves files about: a change there changes no number.
+UNCOUNTED = frozenset({"kdlib.config", "kdlib.results", "kdlib.losses", "kdlib.provenance", "kdlib.store"})
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run that the study needs, by name and by fingerprint."""
+
+    variant: Variant
+    seed: int
+    fingerprint: str
+
+
+class Experiment:
+    """The study in a folder. Opening it checks params.yaml completely and reads nothing else.
+
+    Raises ``Refused`` for the first thing in params.yaml that is wrong.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or config.find_root()
+        self.study: Study = config.load(self.root)
+        self.store = Store(beside_dvc_cache(self.root))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_names(self.study)
+
+    # -- data -----------------------------------------------------------------------------------------------------------------
+
+    def prepare_data(self, name: str) -> DataSet:
+        """Write the folder of a data set."""
+        key = config.known("data", name, self.study.data)
+        return prepare(key, self.study.data[key], self.root / DATA / key)
+
+    def data(self, name: str) -> DataSet:
+        """Open the folder of a data set that the data stage has written."""
+        return load(self.root / DATA / name)
+
+    # -- teacher --------------------------------------------------------------------------------------------------------------
+
+    def make_teacher(self, name: str) -> dict[str, Any]:
+        """Train or load a teacher and measure it. Returns its metrics. Raises ``Refused`` below the accuracy demanded of it."""
+        params = self.study.teachers[config.known("teachers", name, self.study.teachers)]
+        data = self.data(params.data)
+        check_against_data(self.study, data)
+        folder = self.root / TEACHERS / name
+        recipe = self.study.recipes[params.recipe]
+        index = np.arange(len(data.train.labels))
+        if params.checkpoint is None:
+            setting = Setting(data, index, params.model, None, recipe, params.seed, self.device, f"teacher {name}")
+            plan = Planned(Variant(PLAIN, PLAIN, {"hard_weight": 1.0}), params.seed, self._fingerprint(setting, None, PLAIN, {"hard_weight": 1.0}, False))
+            self._complete(setting, [plan])
+            found = self.store.run(plan.fingerprint)
+        else:
+            found = self._import_checkpoint(name, data)
+        metrics = _json(found / "metrics.json")
+        top1 = metrics.get("test_top1", 0.0)
+        if top1 < params.min_top1:
+            raise refuse(
+                f"teachers.{name}.min_top1",
+                params.min_top1,
+                f"at most the top-1 of {top1:.4f} that this teacher reaches on the test split",
+                "train it longer or with more data, choose a stronger model, or demand less of it",
+            )
+        self.store.export(found.name, folder)
+        write_json(folder / "run.json", {"teacher": name, **params.model_dump(), "weights": _digest(folder / "weights.safetensors")})
+        return metrics
+
+    def teacher(self, name: str) -> tuple[Teacher, str]:
+        """A teacher that the teacher stage has made, frozen, and the digest of its weights."""
+        params, path = self.study.teachers[name], self.root / TEACHERS / name / "weights.safetensors"
+        if not path.is_file():
+            raise refuse(f"teachers.{name}", "no weights", "a teacher that the teacher stage has made", f"run `dvc repro teacher@{name}`")
+        data = self.data(params.data)
+        classifier = build(params.model, data.classes, data.channels, data.size)
+        classifier.net.load_state_dict(load_file(path))
+        return Teacher(classifier.to(self.device)), _digest(path)
+
+    # -- distillation ---------------------------------------------------------------------------------------------------------
+
+    def distill(self, name: str) -> list[Path]:
+        """Bring every run of a comparison to its end and put it below runs/distill/. Returns the folders.
+
+        A finished run is taken from the store, an interrupted one goes on, anything else is trained.
+        """
+        comparison = self.study.comparisons[config.known("comparisons", name, self.study.comparisons)]
+        check_against_data(self.study, self.data(comparison.data))
+        folders = []
+        if comparison.sweep:
+            plans = self._run(name, trials_of(comparison, self.study), comparison.sweep.seed)
+            folders += [self._export(name, plan) for plan in plans]
+        variants = [*methods_of(comparison, self.study), *self._chosen(name)]
+        for seed in self.study.study.seeds:
+            folders += [self._export(name, plan) for plan in self._run(name, variants, seed)]
+        return folders
+
+    def try_method(self, comparison: str, method: str, seed: int, **parameters: float) -> Path:
+        """Train one method of a comparison with some of its parameters changed; the folder of the run in the store.
+
+        The same functions as the pipeline's; runs/ and results/ stay as they are, and the same call again costs nothing.
+        """
+        variant = Variant(method, method, {**self.study.methods[config.known("method", method, self.study.methods)], **parameters})
+        check_method(f"methods.{method}", method, variant.parameters)
+        (plan,) = self._run(comparison, [variant], seed)
+        return self.store.run(plan.fingerprint)
+
+    def student(self, comparison: str, folder: Path) -> Classifier:
+        """A student with the final weights of a run of this comparison."""
+        params = self.study.comparisons[comparison]
+        data = self.data(params.data)
+        classifier = build(params.student, data.classes, data.channels, data.size)
+        classifier.net.load_state_dict(load_file(folder / "weights.safetensors"))
+        return classifier.to(self.device).eval()
+
+    def expected(self) -> list[tuple[str, str, int]]:
+        """(comparison, variant, seed) of every run that params.yaml asks for, in its order."""
+        return [run for name in self.study.comparisons for run in expected_runs(self.study, name)]
+
+    # -- inside ---------------------------------------------------------------------------------------------------------------
+
+    def _run(self, name: str, variants: list[Variant], seed: int) -> list[Planned]:
+        comparison = self.study.comparisons[name]
+        data, (teacher, digest) = self.data(comparison.data), self.teacher(comparison.teacher)
+        setting = Setting(
+            data,
+            subset(data.train.labels, comparison.fraction, seed),
+            comparison.student,
+            teacher,
+            self.study.recipes[comparison.recipe],
+            seed,
+            self.device,
+            f"{name} seed {seed}",
+        )
+        plans = [Planned(v, seed, self._fingerprint(setting, digest, v.method, v.parameters, v.trial)) for v in variants]
+        self._complete(setting, plans)
+        return plans
+
+    def _complete(self, setting: Setting, plans: list[Planned]) -> None:
+        """Train together whatever of these runs is not finished."""
+        with self.store.claim(plan.fingerprint for plan in plans if not self.store.finished(plan.fingerprint)):
+            missing = [plan for plan in plans if not self.store.finished(plan.fingerprint)]
+            if len(missing) < len(plans):
+                print(f"{setting.title}  {len(plans) - len(missing)} of {len(plans)} runs are finished already", flush=True)
+            if missing:
+                params = self.study.study
+                jobs = [_job(plan, self.store.run(plan.fingerprint)) for plan in missing]
+                train(setting, jobs, save_seconds=params.checkpoint_seconds, stop_on_divergence=params.on_divergence == "fail")
+
+    def _fingerprint(self, setting: Setting, teacher: str | None, method: str, parameters: Mapping[str, float], trial: bool) -> str:
+        described = {
+            "data": setting.data.fingerprint,
+            "hflip": setting.data.hflip,
+            "images": hashlib.sha256(setting.index.tobytes()).hexdigest(),
+            "teacher": teacher,
+            "student": setting.student,
+            "recipe": setting.recipe.model_dump(),
+            "method": method,
+            "parameters": dict(sorted(parameters.items())),
+            "seed": setting.seed,
+            "trial": trial,
+            "device": setting.device.type,
+        }
+        return fingerprint(described, code_fingerprint(["kdlib.train.run", METHODS[method].__module__], UNCOUNTED))
+
+    def _export(self, name: str, plan: Planned) -> Path:
+        comparison, variant = self.study.comparisons[name], plan.variant
+        data = self.data(comparison.data)
+        folder = run_folder(self.root, (name, variant.name, plan.seed))
+        self.store.export(plan.fingerprint, folder)
+        write_json(
+            folder / "run.json",
+            {
+                "comparison": name,
+                "data": comparison.data,
+                "classes": data.classes,
+                "fraction": comparison.fraction,
+                "train_images": len(subset(data.train.labels, comparison.fraction, plan.seed)),
+                "teacher": comparison.teacher,
+                "student": comparison.student,
+                "recipe": comparison.recipe,
+                "hard_loss": self.study.recipes[comparison.recipe].hard_loss,
+                "method": variant.method,
+                "variant": variant.name,
+                "parameters": dict(variant.parameters),
+                "seed": plan.seed,
+                "trial": variant.trial,
+                "fingerprint": plan.fingerprint,
+            },
+        )
+        return folder
+
+    def _chosen(self, name: str) -> Iterator[Variant]:
+        """For each swept method the trial with the highest validation top-1; the first in params.yaml's order wins a tie."""
+        comparison = self.study.comparisons[name]
+        if comparison.sweep is None:
+            return
+        trials = trials_of(comparison, self.study)
+        for method in comparison.sweep.grids:
+            scored = [(_json(run_folder(self.root, (name, v.name, comparison.sweep.seed)) / "metrics.json").get("val_top1", -1.0), v) for v in trials if v.method == method]
+            best = max(scored, key=lambda pair: pair[0])[1]
+            yield Variant(method + TUNED, method, best.parameters)
+
+    def _import_checkpoint(self, name: str, data: DataSet) -> Path:
+        """A checkpoint from elsewhere as a finished run of the store: measured, and in our weights' format."""
+        params = self.study.teachers[name]
+        classifier = load_checkpoint(f"teachers.{name}.checkpoint", self.root / str(params.checkpoint), params.model, data).to(self.device)
+        folder = self.store.run(fingerprint("checkpoint", _digest(self.root / str(params.checkpoint)), params.model, data.fingerprint))
+        write_measured(folder, classifier, data, self.device)
+        return folder
+
+
+def load_checkpoint(key: str, path: Path, model: str, data: DataSet) -> Classifier:
+    """A timm model with the weights of a .safetensors or .pth file. Raises ``Refused`` when they are not weights of this model."""
+    if not path.is_file():
+        raise refuse(key, str(path), "a .safetensors or .pth file", "correct the path (it counts from the folder of params.yaml), or write null to train")
+    classifier = build(model, data.classes, data.channels, data.size)
+    try:
+        timm.models.load_checkpoint(classifier.net, str(path))
+    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise refuse(key, str(path), f"weights of {model} for {data.classes} classes", f"choose the model and data set that it was trained with ({reason})") from error
+    return classifier
+
+
+def _job(plan: Planned, folder: Path) -> Job:
+    return Job(plan.variant.name, lambda: METHODS[plan.variant.method](**plan.variant.parameters), not plan.variant.trial, folder)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content

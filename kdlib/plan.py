@@ -1,0 +1,46 @@
+"""Which runs a params.yaml asks for, by name: pure bookkeeping, read by the stages that train and by those that report."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kdlib import config
+from kdlib.config import Comparison, Study
+
+TUNED = "_tuned"  # what a method is called at the point that its sweep chose
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a comparison: a method at a point of its parameters."""
+
+    name: str  # folder and row: "dkd", "dkd_tuned", "trial/dkd.beta_4"
+    method: str
+    parameters: Mapping[str, float]
+    trial: bool = False
+
+
+def trials_of(comparison: Comparison, study: Study) -> list[Variant]:
+    """The trials of a comparison's sweep; parameters that are not in the grid stay as ``methods`` has them."""
+    if comparison.sweep is None:
+        return []
+    return [
+        Variant("trial/" + ".".join([method, *(f"{key}_{value:g}" for key, value in point.items())]), method, {**study.methods[method], **point}, trial=True)
+        for method, grid in comparison.sweep.grids.items()
+        for point in config.trials(grid)
+    ]
+
+
+def methods_of(comparison: Comparison, study: Study) -> list[Variant]:
+    """The methods of a comparison at their own parameters."""
+    return [Variant(method, method, study.methods[method]) for method in comparison.methods]
+
+
+def expected_runs(study: Study, name: str) -> list[tuple[str, str, int]]:
+    """(comparison, variant, seed) of every run of one comparison."""
+    comparison = study.comparisons[name]
+    names = [variant.name for variant in methods_of(comparison, study)]
+    trials: list[tuple[str, str, int]] = []
+    if comparison.sweep:
+        trials = [(name, variant.name, comparison.sweep.seed) for variant in trials_of(comparison, study)]
+        names += [method + TUNED for method in comparison.sweep.grids]
+    return trials + [(name, variant, seed) for variant in names for seed in study.study.seeds]

@@ -1,0 +1,61 @@
+"""What shaped a number: the code behind it, as a hash that ignores comments and docstrings."""
+
+import ast
+import hashlib
+import json
+from collections.abc import Collection, Iterable
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+
+def fingerprint(*parts: object) -> str:
+    """16 hexadecimal digits of the SHA-256 of the parts as canonical JSON. Raises TypeError for what JSON cannot say."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()[:16]
+
+
+def code_fingerprint(roots: Iterable[str], stop: Collection[str] = ()) -> str:
+    """Hash of the syntax trees of ``closure(roots, stop)``: a comment or a docstring changes nothing."""
+    return fingerprint([(module, _tree(module)) for module in sorted(closure(roots, stop))])
+
+
+def closure(roots: Iterable[str], stop: Collection[str] = ()) -> set[str]:
+    """Every module of this package that the roots import, directly or not, themselves included; nothing at or behind ``stop``."""
+    found: set[str] = set()
+    waiting = list(roots)
+    while waiting:
+        module = waiting.pop()
+        if module not in found and module not in stop:
+            found.add(module)
+            waiting.extend(imports(module))
+    return found
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """The modules of this package that importing ``module`` runs: those it names, and the packages they lie in."""
+    named: set[str] = set()
+    for node in ast.walk(ast.parse(path(module).read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+    named |= {name.rpartition(".")[0] for name in named | {module}}
+    return frozenset(name for name in named if name.startswith("kdlib.") and path(name).is_file())
+
+
+def path(module: str) -> Path:
+    """The source file of ``kdlib.<...>``; for a name that is no module, a path that does not exist."""
+    base = PACKAGE.joinpath(*module.split(".")[1:])
+    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+
+@cache
+def _tree(module: str) -> str:
+    tree = ast.parse(path(module).read_text("utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            node.body = body[1:]
+    return ast.dump(tree)

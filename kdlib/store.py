@@ -1,0 +1,73 @@
+"""Finished and interrupted runs, one folder for each fingerprint. An accelerator, never a source: deleting it loses nothing finished."""
+
+import configparser
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+METRICS = "metrics.json"  # written last: a run is finished when it is there
+FILES = (METRICS, "curve.csv", "timing.json", "environment.json", "weights.safetensors")
+
+
+class Store:
+    """Beside the DVC cache, so that ``dvc exp run --temp`` and ``--queue``, which see no ignored files, share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, fingerprint: str) -> Path:
+        """The folder of a run, made if need be."""
+        folder = self.folder / fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def finished(self, fingerprint: str) -> bool:
+        return all((self.folder / fingerprint / name).is_file() for name in FILES)
+
+    @contextmanager
+    def claim(self, fingerprints: Iterable[str]) -> Iterator[None]:
+        """Hold these runs alone. Waits for another process that holds one, and says so. A killed process holds nothing."""
+        with ExitStack() as held:
+            for fingerprint in sorted(fingerprints):  # one order for all: no two processes wait for each other
+                lock = FileLock(self.run(fingerprint) / "lock")
+                try:
+                    held.enter_context(lock.acquire(timeout=0))
+                except Timeout:
+                    print(f"run {fingerprint} is being trained by another process: waiting for it", file=sys.stderr, flush=True)
+                    held.enter_context(lock.acquire())
+            yield
+
+    def export(self, fingerprint: str, folder: Path) -> None:
+        """Copy a finished run's files to where the pipeline expects them; metrics.json last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in reversed(FILES):
+            shutil.copyfile(self.folder / fingerprint / name, folder / name)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes on disk for each fingerprint."""
+        if not self.folder.is_dir():
+            return {}
+        return {run.name: sum(file.stat().st_size for file in run.iterdir()) for run in sorted(self.folder.iterdir()) if run.is_dir()}
+
+    def remove(self, fingerprint: str) -> bool:
+        """Delete one run; False, and nothing done, while a process holds it."""
+        lock = FileLock(self.folder / fingerprint / "lock")
+        try:
+            with lock.acquire(timeout=0):
+                shutil.rmtree(self.folder / fingerprint)
+        except Timeout:
+            return False
+        return True
+
+
+def beside_dvc_cache(root: Path) -> Path:
+    """Where the store of the project at ``root`` lies: next to the DVC cache, wherever DVC's configuration puts that."""
+    project = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), root)
+    found = configparser.ConfigParser(interpolation=None)
+    found.read([project / ".dvc" / "config", project / ".dvc" / "config.local"], encoding="utf-8")
+    cache = Path(found.get("cache", "dir", fallback="cache").strip("'\""))
+    return (project / ".dvc" / cache).resolve().parent / "kdlib-runs"

@@ -1,0 +1,1 @@
+"""Training: a teacher that answers, learners that share its answers, the loop around them."""

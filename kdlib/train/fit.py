@@ -1,0 +1,90 @@
+"""The loop: one batch, one teacher pass, one step for every learner whose turn it is."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from tqdm.auto import tqdm
+
+from kdlib.data.stream import ViewStream
+from kdlib.train.learner import Learner
+from kdlib.train.teacher import Teacher
+from kdlib.types import Batch, Output
+
+VALIDATIONS = 10  # points of a curve that carry a validation accuracy; more would cost a short run more than its training
+CHECK_STEPS = 50  # a diverged run trains on for at most so many steps before anyone looks
+
+
+class Diverged(RuntimeError):
+    """A loss was not finite, and params.yaml says that this ends the study."""
+
+
+def fit(  # noqa: PLR0913
+    learners: Sequence[Learner],
+    stream: ViewStream,
+    teacher: Teacher | None,
+    *,
+    validate: Callable[[Learner], float],
+    save: Callable[[Learner], None],
+    save_seconds: float,
+    title: str,
+) -> float:
+    """Bring every learner to its last step; learners that come with fewer steps done are caught up first.
+
+    ``validate`` gives a top-1 on the validation split, ``save`` writes a checkpoint. Returns the seconds spent in the teacher.
+    """
+    total = learners[0].total_steps
+    running = [learner for learner in learners if learner.step < total and learner.diverged_step is None]
+    teacher_seconds, saved = 0.0, time.monotonic()
+    first = min((learner.step for learner in running), default=total)
+    bar = tqdm(range(first, total), initial=first, total=total, desc=title, unit="step", disable=not _watched(), leave=False)
+    for step in bar:
+        active = [learner for learner in running if learner.step == step]
+        batch = _to_device(stream.batch(step), active)
+        started = time.perf_counter()
+        answers = teacher(batch.images) if teacher is not None and any(learner.method.needs_teacher for learner in active) else None
+        teacher_seconds += time.perf_counter() - started
+        for learner in active:
+            learner.update(batch, answers)
+        last = step + 1 == total
+        if stream.ends_epoch(step) or last:
+            _close_epoch(active, stream, step, validate, title)
+        if stream.ends_epoch(step) or last or (step + 1) % CHECK_STEPS == 0:
+            running = [learner for learner in running if learner.diverged_step is None]
+        if not running:
+            break
+        if not last and time.monotonic() - saved >= save_seconds:
+            for learner in active:
+                save(learner)
+            saved = time.monotonic()
+    return teacher_seconds
+
+
+def _close_epoch(active: list[Learner], stream: ViewStream, step: int, validate: Callable[[Learner], float], title: str) -> None:
+    total, seen = active[0].total_steps, (step + 1) * stream.recipe.batch_size
+    epoch, epochs = seen // len(stream.index), -(-total * stream.recipe.batch_size // len(stream.index))
+    before = max(0, seen - len(stream.index)) // stream.recipe.batch_size
+    measured = step + 1 == total or (step + 1) * VALIDATIONS // total > before * VALIDATIONS // total
+    shown = []
+    for learner in active:
+        val_top1 = validate(learner) if measured else None
+        learner.close_epoch(epoch, seen, val_top1)
+        shown.append(f"{learner.name} {learner.curve[-1]['loss']:.3f}" + (f" ({100 * val_top1:.1f} %)" if val_top1 is not None else ""))
+    if not _watched():
+        print(f"{title}  epoch {epoch}/{epochs}  step {step + 1}/{total}  loss (val top-1): {'  '.join(shown)}", flush=True)
+
+
+def _watched() -> bool:
+    """Whether a person looks at a live bar (JupyterLab, a terminal) or at a log (a pipeline stage, a file)."""
+    return "KDLIB_STAGE" not in os.environ and ("ipykernel" in sys.modules or sys.stderr.isatty())
+
+
+def _to_device(batch: Batch, learners: list[Learner]) -> Batch:
+    device = learners[0].device
+    if batch.images.device == device:
+        return batch
+    moved: dict[str, torch.Tensor] = {name: getattr(batch, name).to(device) for name in ("images", "targets", "labels", "index")}
+    return replace(batch, **moved)

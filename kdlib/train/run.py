@@ -1,0 +1,200 @@
+"""From a resolved description to finished runs: what a run's numbers depend on is here and below."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+from jaxtyping import Int
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdlib.config import Recipe
+from kdlib.data.splits import DataSet, Split
+from kdlib.data.stream import ViewStream
+from kdlib.losses.base import Method
+from kdlib.models import Classifier, build
+from kdlib.results import write_bytes, write_csv, write_json
+from kdlib.seed import seed_torch
+from kdlib.train import checkpoint
+from kdlib.train.fit import Diverged, fit
+from kdlib.train.learner import Learner, total_steps
+from kdlib.train.measure import measure, predict
+from kdlib.train.teacher import Teacher
+
+EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the runs of a comparison share at one seed: they see the same batches, and the teacher passes once for all."""
+
+    data: DataSet
+    index: Int[np.ndarray, " subset"]  # the training images that are used
+    student: str
+    teacher: Teacher | None
+    recipe: Recipe
+    seed: int
+    device: torch.device
+    title: str  # in logs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run that is not finished yet, and the folder for it."""
+
+    name: str
+    method: Callable[[], Method]
+    on_test: bool  # a trial of a sweep is measured on the validation split alone
+    folder: Path
+
+
+def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float, stop_on_divergence: bool) -> None:
+    """Train the jobs together from where their checkpoints left off, measure each, write each folder; metrics.json comes last.
+
+    Raises ``Diverged``, after writing everything, when a loss was not finite and ``stop_on_divergence`` says so.
+    """
+    data, recipe = setting.data, setting.recipe
+    steps = total_steps(recipe, len(data.train.labels))
+    stream = ViewStream(
+        data.train.images, data.train.labels, setting.index, classes=data.classes, recipe=recipe, hflip=data.hflip, seed=setting.seed
+    )
+    learners = [_learner(setting, job, steps) for job in jobs]
+    folders = {id(learner): job.folder for learner, job in zip(learners, jobs, strict=True)}
+    val_labels = torch.from_numpy(np.asarray(data.val.labels))
+    teacher_seconds = fit(
+        learners,
+        stream,
+        setting.teacher,
+        validate=lambda learner: _top1(learner.student, data.val, val_labels, setting.device),
+        save=lambda learner: checkpoint.save(folders[id(learner)], learner.step, learner.state_dict()),
+        save_seconds=save_seconds,
+        title=setting.title,
+    )
+    measured = _Measured(data, setting.teacher, setting.device)
+    for learner, job in zip(learners, jobs, strict=True):
+        _write(job, learner, setting, measured, teacher_seconds / len(jobs))
+    for learner in learners:
+        if learner.diverged_step is not None and stop_on_divergence:
+            raise Diverged(
+                f"params.yaml: study.on_divergence: found 'fail'; {setting.title}: {learner.name} diverged at step {learner.diverged_step}: "
+                f"{learner.diverged_cause}; change that, or set on_divergence: continue"
+            )
+
+
+def _learner(setting: Setting, job: Job, steps: int) -> Learner:
+    data = setting.data
+    seed_torch(setting.seed, "init")  # of student and adapters: the same start for every method
+    student = build(setting.student, data.classes, data.channels, data.size, setting.recipe.drop_path).to(setting.device)
+    learner = Learner(job.name, student, job.method().to(setting.device), setting.recipe, total_steps=steps, seed=setting.seed)
+    state = checkpoint.newest(job.folder)
+    if state is not None:
+        learner.load_state_dict(state)
+        print(f"{setting.title}  {job.name}: goes on from step {learner.step} of {steps}", flush=True)
+    return learner
+
+
+class _Measured:
+    """Measures of models against the labels and the teacher, whose answers to a split are computed once."""
+
+    def __init__(self, data: DataSet, teacher: Teacher | None, device: torch.device) -> None:
+        self._data, self._of, self._device = data, teacher, device
+        self._teacher: dict[str, Tensor] = {}
+
+    def __call__(self, student: Classifier, name: str) -> dict[str, float]:
+        split: Split = getattr(self._data, name)
+        logits = self._predict(student, split)
+        if self._of is None:
+            alone = asdict(measure(logits, logits, torch.from_numpy(np.asarray(split.labels))))
+            return {f"{name}_{key}": value for key, value in alone.items() if key not in ("agreement", "teacher_kl")}
+        if name not in self._teacher:
+            self._teacher[name] = self._predict(self._of, split)
+        measures = asdict(measure(logits, self._teacher[name], torch.from_numpy(np.asarray(split.labels))))
+        return {f"{name}_{key}": value for key, value in measures.items()}
+
+    def _predict(self, model: Classifier | Teacher, split: Split) -> Tensor:
+        return predict(model, split.images, EVALUATION_BATCH, self._device)
+
+
+def _write(job: Job, learner: Learner, setting: Setting, measured: _Measured, teacher_seconds: float) -> None:
+    recipe, shape = setting.recipe, (setting.data.channels, setting.data.size)
+    diverged = learner.diverged_step
+    steps = learner.step if diverged is None else diverged + 1
+    curve = [row for row in learner.curve if diverged is None or (row["step"] or 0) <= diverged]
+    seen = steps * recipe.batch_size
+    metrics: dict[str, Any] = {
+        "status": "finished" if diverged is None else "diverged",
+        "diverged_step": diverged,
+        "diverged_cause": None if diverged is None else learner.diverged_cause,
+        "images_seen": seen,
+        "steps": steps,
+        "student_parameters": sum(parameter.numel() for parameter in learner.student.parameters()),
+        "extra_parameters": sum(parameter.numel() for parameter in learner.method.parameters()),
+        # a backward pass costs two forward passes (the FLOP counter over-counts grouped convolutions backward)
+        "train_flops": 3 * seen * forward_flops(learner.student, *shape),
+        "teacher_flops": seen * forward_flops(setting.teacher, *shape) if setting.teacher and learner.method.needs_teacher else 0,
+    }
+    if diverged is None:
+        metrics |= measured(learner.student, "val")
+        if job.on_test:  # once, at the last epoch
+            metrics |= measured(learner.student, "test")
+    columns = ["epoch", "step", "images_seen", "loss", *(f"loss_{name}" for name in learner.names), "val_top1"]
+    write_csv(job.folder / "curve.csv", pd.DataFrame(curve, columns=columns))
+    write_bytes(job.folder / "weights.safetensors", save(weights(learner.student)))
+    write_json(job.folder / "timing.json", {"student_seconds": learner.seconds, "teacher_seconds_share": teacher_seconds})
+    write_json(job.folder / "environment.json", environment(setting.device))
+    write_json(job.folder / "metrics.json", metrics)
+    checkpoint.clear(job.folder)
+
+
+def write_measured(folder: Path, classifier: Classifier, data: DataSet, device: torch.device) -> None:
+    """The files of a finished run for a model that was trained elsewhere: measured here, an empty curve."""
+    measured = _Measured(data, None, device)
+    write_csv(folder / "curve.csv", pd.DataFrame(columns=["epoch", "step", "images_seen", "loss", "val_top1"]))
+    write_bytes(folder / "weights.safetensors", save(weights(classifier)))
+    write_json(folder / "timing.json", {"student_seconds": 0.0, "teacher_seconds_share": 0.0})
+    write_json(folder / "environment.json", environment(device))
+    parameters = sum(parameter.numel() for parameter in classifier.parameters())
+    write_json(folder / "metrics.json", {"status": "finished", "student_parameters": parameters} | measured(classifier, "val") | measured(classifier, "test"))
+
+
+def weights(classifier: Classifier) -> dict[str, Tensor]:
+    """The timm model's own state, contiguous, on the CPU: what ``timm.models.load_checkpoint`` takes."""
+    return {name: value.detach().cpu().contiguous() for name, value in classifier.net.state_dict().items()}
+
+
+def forward_flops(model: Classifier | Teacher, channels: int, size: int) -> int:
+    """Floating-point operations (two per multiply-add) of one forward pass of one image, in evaluation mode."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, channels, size, size, device=device))
+    model.train(training)
+    return int(counter.get_total_flops())
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What bit-for-bit repetition depends on beside the code: hardware, versions, threads."""
+    return {
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "written": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _top1(student: Classifier, split: Split, labels: Tensor, device: torch.device) -> float:
+    return float((predict(student, split.images, EVALUATION_BATCH, device).argmax(dim=1) == labels).double().mean())
+
+

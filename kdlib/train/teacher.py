@@ -1,0 +1,26 @@
+"""A teacher: frozen where it is made, and in evaluation mode whatever ``train()`` is called on."""
+
+from typing import Self
+
+import torch
+from torch import nn
+
+from kdlib.models import Classifier
+from kdlib.types import Images, Output
+
+
+class Teacher(nn.Module):
+    """Answers once for all students of a comparison. Its forward pass takes un-normalised images and keeps no gradient."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002 (a teacher has one mode)
+        return super().train(False)
+
+    @torch.no_grad()  # not inference_mode: a student's backward pass must be able to keep these logits
+    def forward(self, images: Images) -> Output:
+        output: Output = self.classifier(images)
+        return output
