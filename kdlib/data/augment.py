@@ -81,4 +81,4 @@ def sample(images: Levels, y: Float[Tensor, "batch height width"], x: Float[Tens
     _, height, width, _ = images.shape
     grid = torch.stack((x * (2 / width) - 1, y * (2 / height) - 1), dim=-1)
     values = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return (values + 0.5).byte().permute(0, 2, 3, 1)
+    return (values + 0.5).byte().permute(0, 2, 3, 1).contiguous()
