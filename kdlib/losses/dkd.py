@@ -10,7 +10,7 @@ from kdlib.types import Batch, Logits, Output, Terms
 
 
 def decouple(logits: Logits, labels: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch 2"], Float[Tensor, "batch others"]]:
-    """Logits of the two questions that DKD asks: "the target or another?" and "if another, which?" (arXiv 2203.08679, equations 1 and 2).
+    """Logits of the two questions that DKD asks: "the target or another?" and "if another, which?" (arXiv 2203.08679, section 3.1).
 
     softmax of the first is (p_y, 1 - p_y), softmax of the second is p without its target, renormalised. Only logits are formed, never
     log(1 - p_y) from p_y, which is -inf in fp32 as soon as the model is sure. Raises ValueError for two classes or fewer.
@@ -28,7 +28,7 @@ def dkd(student: Logits, teacher: Logits, labels: Int[Tensor, " batch"], tempera
     """TCKD and NCKD, each times T^2: sum over classes, mean over the batch, in nats.
 
     TCKD = KL((p_y, 1 - p_y) of the teacher || of the student), NCKD = KL(the other classes, renormalised); p = softmax(z / T).
-    kd = TCKD + (1 - teacher's p_y) NCKD for each image. Source: arXiv 2203.08679, equations 5 to 7.
+    kd = TCKD + (1 - teacher's p_y) NCKD for each image. Source: arXiv 2203.08679, section 3.1 (both terms), 3.3 (their weights).
     """
     student_pair, student_others = decouple(student / temperature, labels)
     teacher_pair, teacher_others = decouple(teacher / temperature, labels)

@@ -93,7 +93,8 @@ def predict(
     try:
         with torch.inference_mode():
             parts = [
-                model(to_images(images[start : start + batch_size], device)).float().cpu() for start in range(0, len(images), batch_size)
+                model(to_images(images[start : start + batch_size], device)).logits.float().cpu()
+                for start in range(0, len(images), batch_size)
             ]
     finally:
         for module, mode in modes:
