@@ -87,7 +87,7 @@ def auto_contrast(images: Levels, _: PerImage) -> Levels:
 
 
 def equalize(images: Levels, _: PerImage) -> Levels:
-    """Spread the levels of each channel as evenly as its histogram allows; an image of less than 256 pixels stays as it is."""
+    """Spread the levels of each channel as evenly as its histogram allows; with fewer than 255 pixels below the lightest level nothing changes."""
     flat = images.permute(0, 3, 1, 2).flatten(2).long()
     counts = flat.new_zeros(*flat.shape[:2], 256).scatter_add_(2, flat, torch.ones_like(flat))
     lightest = counts.gather(2, flat.amax(2, keepdim=True))
@@ -173,7 +173,7 @@ def _fetch(images: Levels, y: Tensor, x: Tensor) -> Levels:
     batch, height, width, _ = images.shape
     y, x = y.expand(batch, height, width), x.expand(batch, height, width)
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return torch.where(inside[..., None], sample(images, y, x), torch.tensor(FILL, dtype=torch.uint8, device=images.device))
+    return torch.where(inside[..., None], sample(images, y, x), FILL)
 
 
 def rotate(images: Levels, degrees: PerImage) -> Levels:
