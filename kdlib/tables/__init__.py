@@ -7,14 +7,16 @@ import pandas as pd
 from kdlib.config import Study
 from kdlib.tables.comparisons import accuracies as accuracies
 from kdlib.tables.comparisons import data_scale, measures, recipes
-from kdlib.tables.effort import cost, grids, sweeps, tuning
+from kdlib.tables.effort import cost, grids, tuning
 from kdlib.tables.effort import grid as grid
+from kdlib.tables.effort import sweeps as sweeps
 from kdlib.tables.leads import by_seed
 from kdlib.tables.leads import leads as leads
 from kdlib.tables.leads import verdicts as verdicts
 from kdlib.tables.readme import insert_between_markers as insert_between_markers
 from kdlib.tables.readme import readme_block as readme_block
 from kdlib.tables.render import Table
+from kdlib.tables.render import markdown as markdown
 from kdlib.tables.render import pipe as pipe
 from kdlib.tables.render import write as write
 
