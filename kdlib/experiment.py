@@ -20,7 +20,7 @@ from kdlib.data import prepare
 from kdlib.data.splits import DataSet, load, subset
 from kdlib.losses import METHODS
 from kdlib.models import Classifier, build
-from kdlib.plan import TUNED, Variant, expected_runs, methods_of, trials_of
+from kdlib.plan import TUNED, Variant, methods_of, trials_of
 from kdlib.provenance import code_fingerprint, fingerprint
 from kdlib.results import TEACHERS, run_folder, write_json
 from kdlib.store import Store, beside_dvc_cache
@@ -93,7 +93,7 @@ class Experiment:
                 "train it longer or with more data, choose a stronger model, or demand less of it",
             )
         self.store.export(found.name, folder)
-        write_json(folder / "run.json", {"teacher": name, **params.model_dump(), "weights": _digest(folder / "weights.safetensors")})
+        write_json(folder / "run.json", {"teacher": name, **params.model_dump(), "fingerprint": found.name})
         return metrics
 
     def teacher(self, name: str) -> tuple[Teacher, str]:
@@ -141,10 +141,6 @@ class Experiment:
         classifier = build(params.student, data.classes, data.channels, data.size)
         classifier.net.load_state_dict(load_file(folder / "weights.safetensors"))
         return classifier.to(self.device).eval()
-
-    def expected(self) -> list[tuple[str, str, int]]:
-        """(comparison, variant, seed) of every run that params.yaml asks for, in its order."""
-        return [run for name in self.study.comparisons for run in expected_runs(self.study, name)]
 
     # -- inside ---------------------------------------------------------------------------------------------------------------
 

@@ -44,3 +44,8 @@ def expected_runs(study: Study, name: str) -> list[tuple[str, str, int]]:
         trials = [(name, variant.name, comparison.sweep.seed) for variant in trials_of(comparison, study)]
         names += [method + TUNED for method in comparison.sweep.grids]
     return trials + [(name, variant, seed) for variant in names for seed in study.study.seeds]
+
+
+def expected(study: Study) -> list[tuple[str, str, int]]:
+    """(comparison, variant, seed) of every run that params.yaml asks for, in its order."""
+    return [run for name in study.comparisons for run in expected_runs(study, name)]

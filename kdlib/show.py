@@ -1,0 +1,109 @@
+"""What the stages' notebooks show of one data set, one teacher, one comparison. Figures of the whole study are in plots.py."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kdlib.data.splits import DataSet
+
+
+def facts(data: DataSet) -> pd.Series:
+    """Sizes, and mean and standard deviation of the training split in [0, 1]."""
+    return pd.Series(
+        {
+            "classes": data.classes,
+            "image": f"{data.size} x {data.size} x {data.channels}",
+            **{f"{name} images": len(split.labels) for name, split in _splits(data).items()},
+            "mean": ", ".join(f"{value:.4f}" for value in data.mean),
+            "standard deviation": ", ".join(f"{value:.4f}" for value in data.std),
+            "fingerprint": data.fingerprint[:16],
+        },
+        name=data.name,
+    )
+
+
+def classes(data: DataSet, rows: int = 8, columns: int = 10) -> Figure:
+    """Training images: a class in each row, classes evenly spread over all."""
+    chosen = np.linspace(0, data.classes - 1, min(rows, data.classes)).round().astype(int)
+    places = [np.flatnonzero(data.train.labels == label)[:columns] for label in chosen]
+    titles = [data.class_names[label] for label in chosen]
+    return images([[data.train.images[place] for place in row] for row in places], titles, data.name)
+
+
+def images(grid: list[list[np.ndarray]], titles: list[str], title: str) -> Figure:
+    """A sheet of images (H x W x C, 0..255), each row with its title on the left."""
+    columns = max(len(row) for row in grid)
+    figure, axes = plt.subplots(len(grid), columns, figsize=(0.8 * columns + 1, 0.8 * len(grid) + 0.4), squeeze=False)
+    for row, (shown, name) in enumerate(zip(grid, titles, strict=True)):
+        for column in range(columns):
+            axis = axes[row][column]
+            axis.set(xticks=[], yticks=[])
+            axis.set_frame_on(False)
+            if column < len(shown):
+                axis.imshow(shown[column].squeeze(), cmap="gray", vmin=0, vmax=255)
+        axes[row][0].set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.suptitle(title)
+    figure.tight_layout()
+    return figure
+
+
+def balance(data: DataSet) -> Figure:
+    """Images of each class in each split."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 2.6))
+    for axis, (name, split) in zip(axes, _splits(data).items(), strict=True):
+        counts = np.bincount(split.labels, minlength=data.classes)
+        axis.bar(np.arange(data.classes), counts, width=1.0)
+        axis.set(title=f"{name}: {len(split.labels):,} images, {counts.min()} to {counts.max()} per class", xlabel="class", ylabel="images")
+    figure.tight_layout()
+    return figure
+
+
+def metrics(named: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """One column for each name; shares in [0, 1], nats."""
+    return pd.DataFrame({name: pd.Series(dict(values), dtype=object) for name, values in named.items()}).dropna(how="all")
+
+
+def runs(folders: Iterable[Path]) -> pd.DataFrame:
+    """One row per run: name, seed, status and the measures of its last epoch, shares in [0, 1]."""
+    rows = [_read(folder / "run.json") | _read(folder / "metrics.json") for folder in folders]
+    wanted = ["variant", "seed", "status", "diverged_cause", "val_top1", "test_top1", "test_top5", "test_nll", "test_ece", "test_agreement", "test_teacher_kl"]
+    return pd.DataFrame(rows).reindex(columns=wanted).dropna(axis=1, how="all").round(4)
+
+
+def by_name(folders: Iterable[Path]) -> dict[str, Path]:
+    """"variant, seed s" -> folder; trials of a sweep are left out."""
+    return {f"{folder.parent.name}, {folder.name.replace('_', ' ')}": folder for folder in folders if folder.parents[1].name != "trial"}
+
+
+def curves(named: Mapping[str, Path]) -> Figure:
+    """Training loss and validation top-1 against the images seen. Runs of one method share a colour."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4))
+    colours: dict[str, str] = {}
+    for name, folder in named.items():
+        method = name.partition(",")[0]
+        first = method not in colours
+        colour = colours.setdefault(method, f"C{len(colours) % 10}")
+        curve = pd.read_csv(folder / "curve.csv")
+        left.plot(curve["images_seen"], curve["loss"], color=colour, label=method if first else None)
+        measured = curve.dropna(subset="val_top1")
+        right.plot(measured["images_seen"], 100 * measured["val_top1"], ".-", color=colour, label=method if first else None)
+    left.set(xlabel="images seen", ylabel="training loss, all terms", yscale="log")
+    right.set(xlabel="images seen", ylabel="validation top-1, %")
+    right.legend()
+    figure.tight_layout()
+    return figure
+
+
+def _splits(data: DataSet) -> dict[str, Any]:
+    return {"train": data.train, "val": data.val, "test": data.test}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content

@@ -1,0 +1,150 @@
+"""The study as one command: check, reproduce, show, and say what of the committed verdicts this machine reproduced.
+
+    python -m kdlib.study run       what `make study` does
+    python -m kdlib.study check     params.yaml alone, in seconds
+    python -m kdlib.study readme    the headline between README's markers
+    python -m kdlib.study gc        what store and cache hold; with --free, delete what the present study does not use
+"""
+
+import argparse
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from kdlib import config, tables
+from kdlib.config import Refused
+from kdlib.results import DISTILL, TEACHERS, write_text
+from kdlib.store import Store, beside_dvc_cache
+
+VERDICTS = "results/verdicts.csv"
+SHIPPED = ".state/shipped_verdicts.csv"  # without git: the verdicts that came with the files
+MARKERS = "results"
+
+
+def check(root: Path) -> None:
+    """Everything in params.yaml that can be wrong before data are there. Raises ``Refused``."""
+    from kdlib.experiment import Experiment  # noqa: PLC0415 (3 s of imports that `gc` and `readme` do without)
+
+    Experiment(root)
+
+
+def run(root: Path) -> None:
+    """`dvc repro`, one study at a time in a folder; then the headline and the comparison with the committed verdicts."""
+    check(root)
+    (root / ".state").mkdir(exist_ok=True)
+    lock = FileLock(root / ".state" / "study.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("another study runs in this folder: waiting for it to end", file=sys.stderr, flush=True)
+        lock.acquire()
+    with lock:
+        _without_git(root)
+        committed = _committed(root)
+        if subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, check=False).returncode:
+            raise Refused("the study stopped, for the reason above; what is finished is kept, and the same command goes on from there")
+        print(_report(root, committed))
+
+
+def readme(root: Path) -> None:
+    """Put results/headline.md between README's markers."""
+    path = root / "README.md"
+    text = path.read_text("utf-8")
+    filled = tables.insert_between_markers(text, (root / "results" / "headline.md").read_text("utf-8").strip(), MARKERS)
+    if filled != text:
+        write_text(path, filled)
+
+
+def gc(root: Path, free: bool) -> None:
+    """Show what the run store and the DVC cache hold; free what runs/ does not use."""
+    store = Store(beside_dvc_cache(root))
+    sizes, used = store.sizes(), _used(root)
+    unused = [name for name in sizes if name not in used]
+    print(f"run store   {store.folder}: {len(sizes)} runs, {sum(sizes.values()) / 1e6:.1f} MB")
+    print(f"            not used by runs/: {len(unused)} runs, {sum(sizes[name] for name in unused) / 1e6:.1f} MB")
+    cache = store.folder.parent / "cache"
+    print(f"DVC cache   {cache}: {sum(file.stat().st_size for file in cache.rglob('*') if file.is_file()) / 1e6:.1f} MB")
+    if not free:
+        print("nothing was deleted: `make gc FREE=1` deletes the unused runs and what the DVC cache holds for neither the workspace nor a commit")
+        return
+    freed = sum(sizes[name] for name in unused if store.remove(name))
+    print(f"freed {freed / 1e6:.1f} MB of the run store", flush=True)
+    subprocess.run([sys.executable, "-m", "dvc", "gc", "--workspace", "--all-commits", "--force"], cwd=root, check=False)
+
+
+def compare(committed: pd.DataFrame, measured: pd.DataFrame) -> tuple[int, list[str]]:
+    """How many of the committed verdicts were reproduced, and one line for each that was not. Frames as tables.verdicts gives them."""
+    keys = [name for name in ("question", "comparison", "method", "baseline") if name in committed]
+    joined = committed.merge(measured, on=keys, how="left", suffixes=("", "_here"))
+    same = joined["verdict"] == joined["verdict_here"]
+    lines = [
+        f"  {' '.join(str(row[key]) for key in keys)}: committed {row['verdict']}, here {row['verdict_here'] if isinstance(row['verdict_here'], str) else 'not measured'}"
+        for _, row in joined[~same].iterrows()
+    ]
+    return int(same.sum()), lines
+
+
+def _report(root: Path, committed: str | None) -> str:
+    headline = (root / "results" / "headline.md").read_text("utf-8").strip()
+    lines = ["", headline, "", "Tables: results/tables   figures: results/figures   every run: results/runs.csv   executed notebooks: runs/notebooks"]
+    if committed is None:
+        return "\n".join([*lines, "No committed verdicts to compare with."])
+    before, here = (pd.read_csv(source) for source in (io.StringIO(committed), root / VERDICTS))
+    same, others = compare(before, here)
+    return "\n".join([*lines, f"This machine reproduced {same} of the {len(before)} committed verdicts{':' if others else '.'}", *others])
+
+
+def _committed(root: Path) -> str | None:
+    """verdicts.csv of the last commit; without git the one that came with the files, kept aside before the first run replaces it."""
+    if _in_git(root):
+        shown = subprocess.run(["git", "show", f"HEAD:./{VERDICTS}"], cwd=root, check=False, capture_output=True, text=True)
+        return shown.stdout if shown.returncode == 0 else None
+    if not (root / SHIPPED).is_file() and (root / VERDICTS).is_file():
+        write_text(root / SHIPPED, (root / VERDICTS).read_text("utf-8"))
+    return (root / SHIPPED).read_text("utf-8") if (root / SHIPPED).is_file() else None
+
+
+def _in_git(root: Path) -> bool:
+    try:
+        return subprocess.run(["git", "rev-parse"], cwd=root, check=False, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+def _without_git(root: Path) -> None:
+    """A downloaded zip has no .git: tell DVC so, once, in its local configuration."""
+    if not _in_git(root):
+        subprocess.run([sys.executable, "-m", "dvc", "config", "--local", "core.no_scm", "true"], cwd=root, check=True)
+
+
+def _used(root: Path) -> set[str]:
+    """Fingerprints of the runs that runs/ was filled from."""
+    return {json.loads(path.read_text("utf-8"))["fingerprint"] for place in (DISTILL, TEACHERS) for path in (root / place).rglob("run.json")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("run", "check", "readme"):
+        commands.add_parser(name)
+    commands.add_parser("gc").add_argument("--free", action="store_true")
+    given = parser.parse_args()
+    try:
+        root = config.find_root()
+        if given.command == "gc":
+            gc(root, given.free)
+        else:
+            {"run": run, "check": check, "readme": readme}[given.command](root)
+    except Refused as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
