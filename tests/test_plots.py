@@ -1,0 +1,94 @@
+"""Figures of a small study: what is drawn, and that a saved figure repeats."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from kdlib import plots, published
+from kdlib.config import Study
+from tests import builders
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return builders.study()
+
+
+@pytest.fixture(scope="module")
+def runs(study: Study, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    return builders.runs(tmp_path_factory.mktemp("study"), study)
+
+
+@pytest.fixture(scope="module")
+def numbers() -> pd.DataFrame:
+    return published.read(ROOT)
+
+
+def curves(runs: pd.DataFrame) -> pd.DataFrame:
+    rows = runs.loc[~runs["trial"], ["comparison", "variant", "seed", "test_top1"]]
+    parts = [
+        rows.assign(images_seen=1000 * epoch, epoch=epoch, val_top1=rows["test_top1"] * epoch / 3, loss=3.0 / epoch) for epoch in (1, 2, 3)
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_the_figure_of_data_scale_draws_the_leads(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
+    figure = plots.data_scale(study, runs, numbers)
+    weak, strong, paper = figure.axes
+    drawn = {container.get_label(): container[0].get_ydata() for container in weak.containers}
+    assert drawn["dkd"] == pytest.approx([31 / 3, 5 / 3])
+    assert weak.get_ylim() == strong.get_ylim(), "the recipes can be compared by eye"
+    assert [bar.get_height() for bar in paper.containers[0]] == pytest.approx([0.76, 0.28, 0.14, 0.01])
+    assert "Hao et al. 2023" in paper.get_title() and "read off the figure" in paper.get_title()
+    assert "95 % paired t interval" in figure.get_suptitle() and "n=3" in figure.get_suptitle()
+    ends = [segment for container in strong.containers for segment in container[2][0].get_segments()]
+    low, high = strong.get_ylim()
+    assert all(low <= y <= high for segment in ends for _, y in segment), "no interval is cut off"
+
+
+def test_the_other_figures_show_every_run(study: Study, runs: pd.DataFrame) -> None:
+    dots = plots.accuracy(study, runs, "digits")
+    assert (
+        sum(len(collection.get_offsets()) for panel in dots.axes for collection in panel.collections if len(collection.get_offsets()) == 3)
+        == 48
+    )
+    grids = plots.grids(study, runs, "tune")
+    assert [patch.get_xy() for panel in grids.axes for patch in panel.patches] == [(0, 1), (1, 1)], "the frames of the chosen points"
+    lines = plots.learning_curves(study, curves(runs), "digits")
+    assert [len(panel.lines) for panel in lines.axes] == [4 * (3 + 1)] * 4
+    teacher = plots.teacher_curve(curves(runs).query("variant == 'kd'").rename(columns={"comparison": "teacher"}), builders.TEACHERS)
+    assert teacher.get_suptitle()
+
+
+def test_a_diverged_seed_does_not_bend_the_mean_curve(study: Study, runs: pd.DataFrame) -> None:
+    frame = curves(runs)
+    frame = frame[~((frame["comparison"] == "small_weak") & (frame["variant"] == "kd") & (frame["seed"] == 1) & (frame["epoch"] > 1))]
+    panel = plots.learning_curves(study, frame, "digits").axes[0]
+    mean = next(line for line in panel.lines if line.get_label() == "kd (n=2)")
+    assert mean.get_ydata() == pytest.approx([51 / 3, 34, 51])
+
+
+def test_saved_figures_repeat_byte_for_byte(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        plots.save(plots.data_scale(study, runs, numbers), tmp_path / folder, "data_scale")
+    for name in ("data_scale.svg", "data_scale.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert "<dc:date>" not in (tmp_path / "a" / "data_scale.svg").read_text()
+
+
+def test_a_method_has_one_colour_in_every_figure(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
+    wanted = plots.colours(study)["dkd"]
+    assert plots.colours(study)["dkd_tuned"] == wanted
+    assert len(set(plots.colours(study).values())) == len(study.methods)
+
+    def drawn(figure: Figure, label: str) -> tuple[float, float, float]:
+        return to_rgb(next(line for line in figure.axes[0].lines if line.get_label() == label).get_color())
+
+    assert drawn(plots.learning_curves(study, curves(runs), "digits"), "dkd (n=3)") == pytest.approx(wanted)
+    bar = plots.data_scale(study, runs, numbers).axes[-1].containers[0]
+    assert bar.get_label() == "dkd" and to_rgb(bar[0].get_facecolor()) == pytest.approx(wanted)
