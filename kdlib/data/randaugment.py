@@ -87,7 +87,7 @@ def auto_contrast(images: Levels, _: PerImage) -> Levels:
 
 
 def equalize(images: Levels, _: PerImage) -> Levels:
-    """Spread the levels of each channel as evenly as its histogram allows; with fewer than 255 pixels below the lightest level nothing changes."""
+    """Spread the levels of each channel as evenly as its histogram allows; fewer than 255 pixels below the lightest stay as they are."""
     flat = images.permute(0, 3, 1, 2).flatten(2).long()
     counts = flat.new_zeros(*flat.shape[:2], 256).scatter_add_(2, flat, torch.ones_like(flat))
     lightest = counts.gather(2, flat.amax(2, keepdim=True))
