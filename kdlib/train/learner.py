@@ -53,7 +53,11 @@ class Learner:
         # half a step in: neither the first nor the last step has a learning rate of zero
         self.schedule.step_update(self.step + 0.5)  # type: ignore[arg-type]
         output = self.student(batch.images)
-        terms = self.method(output, answers or output, batch, self.hard(output.logits, batch.targets))
+        if answers is None:
+            if self.method.needs_teacher:
+                raise ValueError(f"{self.name}: found no teacher's answers; allowed: none only for a method that needs no teacher")
+            answers = output
+        terms = self.method(output, answers, batch, self.hard(output.logits, batch.targets))
         loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad()
         loss.backward()
@@ -80,6 +84,8 @@ class Learner:
     def diverged_cause(self) -> str:
         """What was not finite, and what most often makes it so."""
         bad = [name for name, is_bad in zip(self.names, self._bad_terms.tolist(), strict=True) if is_bad]
+        if not bad:
+            return "the loss was finite but the trained student's logits are not: most often from a learning rate that is too high"
         if len(bad) == len(self.names):
             return f"every loss term ({', '.join(bad)}) was not finite: the weights grew without bound, most often from a learning rate that is too high"
         return f"of the loss terms only {', '.join(bad)} was not finite: most often its weight is too high or its temperature too low"

@@ -126,6 +126,12 @@ class _Measured:
 def _write(job: Job, learner: Learner, setting: Setting, measured: _Measured, teacher_seconds: float) -> None:
     recipe, shape = setting.recipe, (setting.data.channels, setting.data.size)
     diverged = learner.diverged_step
+    try:
+        measures = measured(learner.student, "val") if diverged is None else {}
+        if diverged is None and job.on_test:  # once, at the last epoch
+            measures |= measured(learner.student, "test")
+    except FloatingPointError:  # a finite loss, but statistics of BatchNorm that are not
+        diverged, measures = learner.step - 1, {}
     steps = learner.step if diverged is None else diverged + 1
     curve = [row for row in learner.curve if diverged is None or (row["step"] or 0) <= diverged]
     seen = steps * recipe.batch_size
@@ -140,11 +146,8 @@ def _write(job: Job, learner: Learner, setting: Setting, measured: _Measured, te
         # a backward pass costs two forward passes (the FLOP counter over-counts grouped convolutions backward)
         "train_flops": 3 * seen * forward_flops(learner.student, *shape),
         "teacher_flops": seen * forward_flops(setting.teacher, *shape) if setting.teacher and learner.method.needs_teacher else 0,
+        **measures,
     }
-    if diverged is None:
-        metrics |= measured(learner.student, "val")
-        if job.on_test:  # once, at the last epoch
-            metrics |= measured(learner.student, "test")
     columns = ["epoch", "step", "images_seen", "loss", *(f"loss_{name}" for name in learner.names), "val_top1"]
     write_csv(job.folder / "curve.csv", pd.DataFrame(curve, columns=columns))
     write_bytes(job.folder / "weights.safetensors", save(weights(learner.student)))

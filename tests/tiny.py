@@ -1,0 +1,93 @@
+"""A study of seconds: every kind of stage, comparison and sweep, on images of 8 px."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+
+_PLAIN: dict[str, Any] = {
+    "epochs": 4,
+    "batch_size": 16,
+    "optimizer": "sgd",
+    "learning_rate": 0.1,
+    "weight_decay": 0.0005,
+    "warmup": 0.1,
+    "hard_loss": "ce",
+    "label_smoothing": 0.0,
+    "drop_path": 0.0,
+    "crop_padding": 0.125,
+    "crop_min_area": 1.0,
+    "mixup_alpha": 0.0,
+    "cutmix_alpha": 0.0,
+    "randaugment": {"operations": 0, "magnitude": 0, "magnitude_std": 0},
+}
+_STRONG = _PLAIN | {
+    "hard_loss": "bce",
+    "drop_path": 0.1,
+    "crop_min_area": 0.5,
+    "mixup_alpha": 0.2,
+    "cutmix_alpha": 1.0,
+    "randaugment": {"operations": 2, "magnitude": 7, "magnitude_std": 0.5},
+}
+_STUDENT = {"data": "fractals", "teacher": "small", "student": "kd_resnet8_w8_s1"}
+
+_CONTENT: dict[str, Any] = {
+    "study": {
+        "seeds": [0, 1],
+        "baseline": "kd",
+        "challengers": ["dkd", "dist"],
+        "confidence": 0.95,
+        "on_divergence": "continue",
+        "checkpoint_seconds": 0,
+        "headline": {"data": "fractals", "weak": "weak", "strong": "strong"},
+    },
+    "data": {
+        "fractals": {
+            "source": "fractals",
+            "classes": 6,
+            "train_per_class": 16,
+            "val_per_class": 4,
+            "test_per_class": 4,
+            "size": 8,
+            "jitter": 0.2,
+            "points": 100,
+            "seed": 0,
+            "hflip": 0.5,
+        }
+    },
+    "teachers": {"small": {"data": "fractals", "model": "kd_resnet8_w8_s1", "recipe": "weak", "seed": 0, "checkpoint": None, "min_top1": 0.0}},
+    "recipes": {"weak": _PLAIN, "strong": _STRONG},
+    "methods": {
+        "no_kd": {"hard_weight": 1.0},
+        "kd": {"hard_weight": 1.0, "weight": 1.0, "temperature": 1.0},
+        "dkd": {"hard_weight": 1.0, "weight": 1.0, "alpha": 1.0, "beta": 2.0, "temperature": 1.0},
+        "dist": {"hard_weight": 1.0, "weight": 1.0, "beta": 1.0, "gamma": 1.0, "tau": 1.0},
+    },
+    "comparisons": {
+        "small_weak": _STUDENT | {"fraction": 0.5, "recipe": "weak", "methods": ["no_kd", "kd", "dkd", "dist"], "sweep": None},
+        "large_strong": _STUDENT | {"fraction": 1.0, "recipe": "strong", "methods": ["kd", "dkd"], "sweep": None},
+        "tuned": _STUDENT
+        | {
+            "fraction": 0.5,
+            "recipe": "weak",
+            "methods": [],
+            "sweep": {"seed": 7, "grids": {"kd": {"temperature": [1, 2]}, "dkd": {"beta": [1, 2]}}},
+        },
+    },
+}
+
+
+def content() -> dict[str, Any]:
+    """A params.yaml that can be changed at will."""
+    return copy.deepcopy(_CONTENT)
+
+
+def write(folder: Path, changed: dict[str, Any] | None = None) -> Path:
+    """Write it to ``folder``/params.yaml; returns ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "params.yaml").open("w") as file:
+        YAML(typ="safe", pure=True).dump(changed or content(), file)
+    return folder
