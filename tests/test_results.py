@@ -25,7 +25,7 @@ def test_collect_reads_what_is_expected_in_the_order_asked(study_root: tuple[Pat
     assert list(frame.columns) == results.COLUMNS
     assert list(zip(frame["comparison"], frame["variant"], frame["seed"], strict=True)) == wanted
     assert len(results.collect(root, expected)) == len(expected) == 4 * 4 * 3 + 8 + 6
-    assert frame.loc[1, "test_top1"] == 0.40
+    assert frame.loc[1, "test_top1"] == 0.60
     assert json.loads(frame.loc[0, "parameters"]) == {**builders.METHODS["dkd"], **builders.CHOSEN["dkd"]}
 
 
@@ -75,7 +75,7 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path: Path) -> None:
     folder = results.run_folder(tmp_path, ("small_weak", "dkd", 0))
     folder.rename(folder.with_name("seed_7"))
     with pytest.raises(Refused, match="folder was moved"):
-        results.collect(tmp_path, [("small_weak", "dkd", 7), *expected[20:]])
+        results.collect(tmp_path, [expected[0], ("small_weak", "dkd", 7)])
 
 
 def test_curves_and_timing_carry_the_run(study_root: tuple[Path, list[results.Run]]) -> None:

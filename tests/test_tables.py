@@ -44,11 +44,11 @@ def pick(frame: pd.DataFrame, **where: object) -> pd.Series:
     return frame.iloc[0]
 
 
-def diverge(runs: pd.DataFrame, comparison: str, variant: str, seed: int) -> pd.DataFrame:
+def diverge(runs: pd.DataFrame, comparison: str, variant: str, seed: int, measure: float = math.nan) -> pd.DataFrame:
     runs = runs.copy()
     row = (runs["comparison"] == comparison) & (runs["variant"] == variant) & (runs["seed"] == seed)
     runs.loc[row, "status"] = "diverged"
-    runs.loc[row, runs.columns.str.match("^(val|test)_")] = math.nan
+    runs.loc[row, runs.columns.str.match("^(val|test)_")] = measure
     return runs
 
 
@@ -86,8 +86,9 @@ def test_each_question_is_one_family_per_data_set(study: Study, runs: pd.DataFra
     assert pick(leads, question="lead", comparison="small_weak", method="dkd")["p_holm"] == pytest.approx(8 * p)
 
 
-def test_a_diverged_run_reduces_n_and_its_pair(study: Study, runs: pd.DataFrame) -> None:
-    leads = tables.leads(study, diverge(runs, "small_weak", "kd", 1))
+@pytest.mark.parametrize("measure", [math.nan, 0.01])
+def test_a_diverged_run_reduces_n_and_its_pair(study: Study, runs: pd.DataFrame, measure: float) -> None:
+    leads = tables.leads(study, diverge(runs, "small_weak", "kd", 1, measure))
     row = pick(leads, question="lead", comparison="small_weak", method="dkd")
     assert (row["n"], row["seeds"]) == (2, "0 2")
     change = pick(leads, question="scale", comparison="small_weak minus large_weak", method="dkd")
