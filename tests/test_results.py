@@ -34,7 +34,7 @@ def test_runs_csv_says_the_same_after_reading_it_back(study_root: tuple[Path, li
     frame = results.collect(root, expected)
     results.write_csv(tmp_path / "results" / "runs.csv", frame)
     again = results.read_runs(tmp_path / "results" / "runs.csv")
-    pd.testing.assert_frame_equal(again, frame)
+    pd.testing.assert_frame_equal(again, frame, check_exact=True)
     assert results.to_csv(again).encode() == (tmp_path / "results" / "runs.csv").read_bytes()
 
 
