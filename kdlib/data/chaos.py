@@ -1,6 +1,11 @@
-"""The chaos game, compiled. A file of its own, because importing numba costs every stage a third of a second."""
+"""The chaos game, compiled. A file of its own, because importing numba would cost every stage a third of a second.
+
+Compiling takes about 2 s, once per process: a cache on disk would need a writable folder beside this file.
+``no_type_check``: numba cannot compile the tests' shape checks.
+"""
 
 import math
+from typing import no_type_check
 
 import numpy as np
 from jaxtyping import Float64, UInt8
@@ -10,6 +15,7 @@ BURN_IN = 20  # steps from the origin until a point is on the attractor, to less
 
 
 @njit(nogil=True)
+@no_type_check
 def walk(maps: np.ndarray, chances: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """One image's points, [2, steps - BURN_IN]."""
     points = np.empty((2, len(draws) - BURN_IN))
@@ -27,6 +33,7 @@ def walk(maps: np.ndarray, chances: np.ndarray, draws: np.ndarray) -> np.ndarray
 
 
 @njit(nogil=True)
+@no_type_check
 def count(points: np.ndarray, counts: np.ndarray) -> None:
     """Add one to the pixel of every point; their bounding box fills all but a margin of one pixel, each axis by itself."""
     inner = len(counts) - 2
@@ -40,7 +47,8 @@ def count(points: np.ndarray, counts: np.ndarray) -> None:
         counts[row + 1, column + 1] += 1
 
 
-@njit(nogil=True)  # cache=True would need a writable folder beside this file; compiling takes 2 s, once per process
+@njit(nogil=True)
+@no_type_check
 def play(maps: np.ndarray, chances: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
     """See ``render``; compiled."""
     images = np.zeros((len(draws), size, size), np.uint8)

@@ -20,7 +20,7 @@ def contents(name: str, params: config.Cifar100) -> Content:
         raise config.refuse(key, str(root), "a folder that holds cifar-100-python/", "correct the path, or set download: true")
     train, test = (_read(key, root, official, params.download) for official in (True, False))
     labels = np.asarray(train.targets, np.int64)
-    index = stratified_split(labels, (params.val_fraction,), params.seed, f"data.{name}.val_fraction")
+    index = stratified_split(labels, (params.val_fraction,), params.seed, f"data.{name}.val_fraction", train.classes)
     images = {"train": (train.data, index[0]), "val": (train.data, index[1]), "test": (test.data, np.arange(len(test.data)))}
 
     def blocks(split: str) -> Iterator[Images]:

@@ -15,10 +15,10 @@ def contents(name: str, params: config.Digits) -> Content:
     raw = load_digits()
     images = ((255 * raw.images.astype(np.int64) + 8) // 16).astype(np.uint8)[..., None]
     labels = raw.target.astype(np.int64)
-    shares = (params.val_fraction, params.test_fraction)
-    index = dict(zip(SPLITS, stratified_split(labels, shares, params.seed, f"data.{name}"), strict=True))
+    names, shares = [str(digit) for digit in range(10)], (params.val_fraction, params.test_fraction)
+    index = dict(zip(SPLITS, stratified_split(labels, shares, params.seed, f"data.{name}", names), strict=True))
 
     def blocks(split: str) -> Iterator[Images]:
         yield images[index[split]]
 
-    return Content([str(digit) for digit in range(10)], 8, 1, {split: labels[index[split]] for split in SPLITS}, blocks)
+    return Content(names, 8, 1, {split: labels[index[split]] for split in SPLITS}, blocks)

@@ -25,11 +25,11 @@ def find(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
     """Class names in natural order, the image files below ``root/<class>/`` sorted by class and name, and their classes.
 
     Files without an image's extension are ignored, as timm does. Raises ``Refused`` about ``key`` for a missing folder, an empty class,
-    an image outside of the class folders or deeper within them (timm would name its class by the innermost folder).
+    fewer than two classes, an image outside of the class folders or deeper within them (timm would name its class by the innermost folder).
     """
     if not root.is_dir():
         raise config.refuse(key, str(root), "a folder that exists", "correct the path")
-    files = [Path(file) for file, _ in find_images_and_targets(str(root), sort=False)[0]]
+    files = sorted(Path(file) for file, _ in find_images_and_targets(str(root), sort=False)[0])
     for file in files:
         if file.parent.parent != root:
             raise config.refuse(key, str(file), f"images directly in {root}/<class>/", "move it into the folder of its class")
@@ -39,6 +39,8 @@ def find(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
         raise config.refuse(key, str(root / empty[0]), "at least one image of every class", "add images or remove the folder")
     # By name too: natural_key takes "A" for "a" and "01" for "1", and would leave their order to the file system.
     names = sorted({file.parent.name for file in files}, key=lambda name: (natural_key(name), name))
+    if len(names) < 2:
+        raise config.refuse(key, f"{root} with classes {names}", "at least 2 classes", "add a folder of images for each class")
     rank = {name: label for label, name in enumerate(names)}
     files.sort(key=lambda file: (rank[file.parent.name], file.name))
     return names, [str(file) for file in files], np.array([rank[file.parent.name] for file in files], np.int64)

@@ -11,7 +11,8 @@ def contents(name: str, params: config.Folder) -> Content:
     """A stratified split by ``params.seed``. Each image is decoded once and takes 3 size^2 bytes: 12 KB at 64 pixels."""
     key = f"data.{name}.path"
     names, files, labels = find(key, place(params.path))
-    index = dict(zip(SPLITS, stratified_split(labels, (params.val_fraction, params.test_fraction), params.seed, key), strict=True))
+    shares = (params.val_fraction, params.test_fraction)
+    index = dict(zip(SPLITS, stratified_split(labels, shares, params.seed, key, names), strict=True))
 
     def blocks(split: str) -> Iterator[Images]:
         return decode_all(key, [files[i] for i in index[split]], params.size)

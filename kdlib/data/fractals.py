@@ -17,7 +17,7 @@ from kdlib.seed import generator
 LARGEST = 0.95  # singular value; nearer to 1 a point would need more than the burn-in to come to the attractor
 FILL = (0.15, 0.5)  # accepted share of non-empty pixels in a class's 30 x 30 trial rendering of 1,000 points
 # What full jitter adds to (theta, phi, singular values as a factor, translation), at most to either side.
-SPREAD = np.array([0.5, 0.5, 0.3, 0.3, 0.4, 0.4])
+SPREAD = np.array([0.75, 0.75, 0.45, 0.45, 0.6, 0.6])
 
 
 def contents(name: str, params: config.Fractals) -> Content:  # noqa: ARG001  (every source is called alike)
@@ -62,7 +62,7 @@ def images(params: config.Fractals, drawn: Float64[np.ndarray, "maps 6"], part: 
 
 def jittered(drawn: Float64[np.ndarray, "maps 6"], noise: Float64[np.ndarray, "images maps 6"]) -> Float64[np.ndarray, "images maps 6"]:
     """Angles and translation are shifted, singular values multiplied; the maps stay contractive. Noise in [-1, 1]."""
-    out = drawn + SPREAD * noise
+    out: np.ndarray = drawn + SPREAD * noise
     out[..., 2:4] = np.clip(drawn[:, 2:4] * (1 + SPREAD[2:4] * noise[..., 2:4]), -LARGEST, LARGEST)
     return out
 

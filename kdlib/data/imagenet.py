@@ -21,7 +21,7 @@ def contents(name: str, params: config.Imagenet) -> Content:
     if names != test_names:
         odd = min(set(names) ^ set(test_names))
         raise config.refuse(key, f"{odd} in only one of train/ and val/", "the same classes in both", "add its images or remove the class")
-    train, val = stratified_split(labels, (params.val_fraction,), params.seed, f"data.{name}.val_fraction")
+    train, val = stratified_split(labels, (params.val_fraction,), params.seed, f"data.{name}.val_fraction", names)
     chosen = dict(zip(SPLITS, ([files[i] for i in train], [files[i] for i in val], test_files), strict=True))
 
     def blocks(split: str) -> Iterator[Images]:

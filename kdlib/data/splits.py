@@ -112,16 +112,16 @@ def subset(labels: Labels, fraction: float, seed: int) -> Index:
     return np.sort(np.concatenate(chosen))
 
 
-def stratified_split(labels: Labels, shares: Sequence[float], seed: int, key: str) -> list[Index]:
+def stratified_split(labels: Labels, shares: Sequence[float], seed: int, key: str, names: Sequence[str]) -> list[Index]:
     """Sorted positions: the rest first, then one part for each share, ``round(share * n)`` images of every class, at least one.
 
-    The parts are disjoint and exhaust the labels. Raises ``Refused`` about ``key`` when a class has too few images for that.
+    The parts are disjoint and exhaust the labels. Raises ``Refused`` about ``key`` when a class (of ``names``) has too few images.
     """
     parts: list[list[np.ndarray]] = [[] for _ in range(len(shares) + 1)]
     for label, members in _by_class(labels):
         counts = [max(1, round(share * len(members))) for share in shares]
         if sum(counts) >= len(members):
-            found = f"{len(members)} images of class {label}, of which {sum(counts)} are to be held out"
+            found = f"{len(members)} images of class {names[label]!r}, of which {sum(counts)} are to be held out"
             raise config.refuse(key, found, "at least one image of every class left to train on", "hold out less, or add images")
         order = generator(seed, "split", label).permutation(members)
         for part, some in zip(parts[1:] + parts[:1], np.split(order, np.cumsum(counts)), strict=True):
@@ -137,8 +137,6 @@ def _by_class(labels: Labels) -> Iterator[tuple[int, Index]]:
 
 
 def _check(key: str, content: Content) -> None:
-    if len(content.class_names) < 2:
-        raise config.refuse(key, content.class_names, "at least 2 classes", "add a class")
     for split in SPLITS:
         missing = sorted(set(range(len(content.class_names))) - set(content.labels[split].tolist()))
         if missing:
