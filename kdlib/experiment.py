@@ -29,8 +29,12 @@ from kdlib.train.teacher import Teacher
 
 DATA = Path("runs/data")  # <name>/ below it
 PLAIN = "no_kd"  # how a teacher is trained
-# What a run's fingerprint covers by value, or what only moves files about: a change there changes no number.
-UNCOUNTED = frozenset({"kdlib.config", "kdlib.results", "kdlib.losses", "kdlib.provenance", "kdlib.store"})
+# What a run's fingerprint covers by value, what only names other modules, or moves files about: a change there changes no number.
+UNCOUNTED = frozenset({"kdlib.config", "kdlib.data", "kdlib.losses", "kdlib.provenance", "kdlib.results", "kdlib.store"})
+
+
+class Diverged(RuntimeError):
+    """A loss was not finite, and params.yaml says that this ends the study."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,10 @@ class Experiment:
         else:
             found = self._import_checkpoint(name, data)
         metrics = _json(found / "metrics.json")
-        top1 = metrics.get("test_top1", 0.0)
+        if metrics["status"] != "finished":
+            what = f"diverged at step {metrics['diverged_step']}"
+            raise refuse(f"teachers.{name}", what, "a teacher whose loss stays finite", metrics["diverged_cause"])
+        top1 = metrics["test_top1"]
         if top1 < params.min_top1:
             raise refuse(
                 f"teachers.{name}.min_top1",
@@ -92,19 +99,19 @@ class Experiment:
                 f"at most the top-1 of {top1:.4f} that this teacher reaches on the test split",
                 "train it longer or with more data, choose a stronger model, or demand less of it",
             )
-        self.store.export(found.name, folder)
         write_json(folder / "run.json", {"teacher": name, **params.model_dump(), "fingerprint": found.name})
+        self.store.export(found.name, folder)
         return metrics
 
     def teacher(self, name: str) -> tuple[Teacher, str]:
-        """A teacher that the teacher stage has made, frozen, and the digest of its weights."""
+        """A teacher that the teacher stage has made, frozen, and what tells its answers from another's: its model and its weights."""
         params, path = self.study.teachers[name], self.root / TEACHERS / name / "weights.safetensors"
         if not path.is_file():
             raise refuse(f"teachers.{name}", "no weights", "a teacher that the teacher stage has made", f"run `dvc repro teacher@{name}`")
         data = self.data(params.data)
         classifier = build(params.model, data.classes, data.channels, data.size)
         classifier.net.load_state_dict(load_file(path))
-        return Teacher(classifier.to(self.device)), _digest(path)
+        return Teacher(classifier.to(self.device)), fingerprint(params.model, _digest(path))
 
     # -- distillation ---------------------------------------------------------------------------------------------------------
 
@@ -163,14 +170,18 @@ class Experiment:
 
     def _complete(self, setting: Setting, plans: list[Planned]) -> None:
         """Train together whatever of these runs is not finished."""
-        with self.store.claim(plan.fingerprint for plan in plans if not self.store.finished(plan.fingerprint)):
-            missing = [plan for plan in plans if not self.store.finished(plan.fingerprint)]
-            if len(missing) < len(plans):
-                print(f"{setting.title}  {len(plans) - len(missing)} of {len(plans)} runs are finished already", flush=True)
+        # by fingerprint: a sweep may choose the very parameters that `methods` has, and that is one run under two names
+        wanted = {plan.fingerprint: plan for plan in plans}
+        with self.store.claim(key for key in wanted if not self.store.finished(key)):
+            missing = {key: plan for key, plan in wanted.items() if not self.store.finished(key)}
+            if len(missing) < len(wanted):
+                print(f"{setting.title}  {len(wanted) - len(missing)} of {len(wanted)} runs are finished already", flush=True)
             if missing:
-                params = self.study.study
-                jobs = [_job(plan, self.store.run(plan.fingerprint)) for plan in missing]
-                train(setting, jobs, save_seconds=params.checkpoint_seconds, stop_on_divergence=params.on_divergence == "fail")
+                jobs = [_job(plan, self.store.run(key)) for key, plan in missing.items()]
+                train(setting, jobs, save_seconds=self.study.study.checkpoint_seconds)
+        if self.study.study.on_divergence == "fail":
+            for plan in plans:
+                _require_finished(f"{setting.title}: {plan.variant.name}", _json(self.store.run(plan.fingerprint) / "metrics.json"))
 
     def _fingerprint(self, setting: Setting, teacher: str | None, method: str, parameters: Mapping[str, float], trial: bool) -> str:
         described = {
@@ -192,7 +203,6 @@ class Experiment:
         comparison, variant = self.study.comparisons[name], plan.variant
         data = self.data(comparison.data)
         folder = run_folder(self.root, (name, variant.name, plan.seed))
-        self.store.export(plan.fingerprint, folder)
         write_json(
             folder / "run.json",
             {
@@ -213,6 +223,7 @@ class Experiment:
                 "fingerprint": plan.fingerprint,
             },
         )
+        self.store.export(plan.fingerprint, folder)  # metrics.json comes last of all
         return folder
 
     def _chosen(self, name: str) -> Iterator[Variant]:
@@ -250,6 +261,12 @@ def load_checkpoint(key: str, path: Path, model: str, data: DataSet) -> Classifi
 
 def _job(plan: Planned, folder: Path) -> Job:
     return Job(plan.variant.name, lambda: METHODS[plan.variant.method](**plan.variant.parameters), not plan.variant.trial, folder)
+
+
+def _require_finished(title: str, metrics: dict[str, Any]) -> None:
+    if metrics["status"] == "diverged":
+        what = f"{title} diverged at step {metrics['diverged_step']}: {metrics['diverged_cause']}"
+        raise Diverged(f"params.yaml: study.on_divergence: found 'fail'; {what}; change that, or set on_divergence: continue")
 
 
 def _digest(path: Path) -> str:

@@ -3,6 +3,7 @@
 import configparser
 import shutil
 import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,8 +33,8 @@ class Store:
     def claim(self, fingerprints: Iterable[str]) -> Iterator[None]:
         """Hold these runs alone. Waits for another process that holds one, and says so. A killed process holds nothing."""
         with ExitStack() as held:
-            for fingerprint in sorted(fingerprints):  # one order for all: no two processes wait for each other
-                lock = FileLock(self.run(fingerprint) / "lock")
+            for fingerprint in sorted(set(fingerprints)):  # one order for all: no two processes wait for each other
+                lock = self._lock(fingerprint)
                 try:
                     held.enter_context(lock.acquire(timeout=0))
                 except Timeout:
@@ -42,10 +43,15 @@ class Store:
             yield
 
     def export(self, fingerprint: str, folder: Path) -> None:
-        """Copy a finished run's files to where the pipeline expects them; metrics.json last."""
+        """Copy a finished run's files to where the pipeline expects them, each whole or not at all; metrics.json last."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in reversed(FILES):
-            shutil.copyfile(self.folder / fingerprint / name, folder / name)
+            temporary = folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+            try:
+                shutil.copyfile(self.folder / fingerprint / name, temporary)
+                temporary.replace(folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def sizes(self) -> dict[str, int]:
         """Bytes on disk for each fingerprint."""
@@ -55,13 +61,17 @@ class Store:
 
     def remove(self, fingerprint: str) -> bool:
         """Delete one run; False, and nothing done, while a process holds it."""
-        lock = FileLock(self.folder / fingerprint / "lock")
         try:
-            with lock.acquire(timeout=0):
+            with self._lock(fingerprint).acquire(timeout=0):
                 shutil.rmtree(self.folder / fingerprint)
         except Timeout:
             return False
         return True
+
+    def _lock(self, fingerprint: str) -> FileLock:
+        """Beside the run, not in it: a process that waits for the lock must find it after another has removed the run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / f"{fingerprint}.lock")
 
 
 def beside_dvc_cache(root: Path) -> Path:
@@ -69,5 +79,5 @@ def beside_dvc_cache(root: Path) -> Path:
     project = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), root)
     found = configparser.ConfigParser(interpolation=None)
     found.read([project / ".dvc" / "config", project / ".dvc" / "config.local"], encoding="utf-8")
-    cache = Path(found.get("cache", "dir", fallback="cache").strip("'\""))
+    cache = Path(found.get("cache", "dir", fallback="cache").strip("'\"")).expanduser()
     return (project / ".dvc" / cache).resolve().parent / "kdlib-runs"

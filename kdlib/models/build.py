@@ -44,7 +44,9 @@ def build(name: str, classes: int, channels: int, size: int, drop_path: float = 
     try:
         net = timm.create_model(name, **options)
     except TypeError as error:
-        raise ValueError(f"found {name!r}; allowed: a model that takes drop_path {drop_path}; set drop_path to 0 or change it ({error})") from error
+        raise ValueError(
+            f"found {name!r}; allowed: a model that takes drop_path {drop_path}; set drop_path to 0 or change it ({error})"
+        ) from error
     if net.pretrained_cfg.get("fixed_input_size", False) and net.pretrained_cfg["input_size"][-1] != size:
         net = timm.create_model(name, **options, img_size=size)
     least = (net.pretrained_cfg.get("min_input_size") or (0,))[-1]
@@ -62,7 +64,9 @@ def _check_takes(net: nn.Module, name: str, channels: int, size: int) -> None:
             net.eval()(torch.zeros(1, channels, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"found {name!r} with images of {size} px; allowed: a size that it takes; choose another model or size ({reason})") from error
+        raise ValueError(
+            f"found {name!r} with images of {size} px; allowed: a size that it takes; choose another model or size ({reason})"
+        ) from error
     finally:
         net.train(training)
 

@@ -24,7 +24,9 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def newest(folder: Path) -> dict[str, Any] | None:
-    """The newest state whose digest is right; a truncated or damaged file is named, passed over, and left for the next save."""
+    """The newest state whose digest is right; a truncated or damaged file is named and deleted, as is what a killed process half wrote."""
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink()
     for path in sorted(folder.glob(_PATTERN), reverse=True):
         content = path.read_bytes()
         if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]:

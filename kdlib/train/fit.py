@@ -18,11 +18,7 @@ VALIDATIONS = 10  # points of a curve that carry a validation accuracy; more wou
 CHECK_STEPS = 50  # a diverged run trains on for at most so many steps before anyone looks
 
 
-class Diverged(RuntimeError):
-    """A loss was not finite, and params.yaml says that this ends the study."""
-
-
-def fit(  # noqa: PLR0913
+def fit(
     learners: Sequence[Learner],
     stream: ViewStream,
     teacher: Teacher | None,
@@ -37,30 +33,40 @@ def fit(  # noqa: PLR0913
     ``validate`` gives a top-1 on the validation split, ``save`` writes a checkpoint. Returns the seconds spent in the teacher.
     """
     total = learners[0].total_steps
-    running = [learner for learner in learners if learner.step < total and learner.diverged_step is None]
+    # one that diverged just before a checkpoint goes on to the check that stops it: it then ends as it would have without the interruption
+    running = [learner for learner in learners if learner.step < total]
     teacher_seconds, saved = 0.0, time.monotonic()
     first = min((learner.step for learner in running), default=total)
     bar = tqdm(range(first, total), initial=first, total=total, desc=title, unit="step", disable=not _watched(), leave=False)
     for step in bar:
         active = [learner for learner in running if learner.step == step]
+        if not active:
+            continue
         batch = _to_device(stream.batch(step), active)
         started = time.perf_counter()
-        answers = teacher(batch.images) if teacher is not None and any(learner.method.needs_teacher for learner in active) else None
+        answers = _ask(teacher, active, batch)
         teacher_seconds += time.perf_counter() - started
         for learner in active:
             learner.update(batch, answers)
         last = step + 1 == total
-        if stream.ends_epoch(step) or last:
+        ends_epoch = last or stream.ends_epoch(step)
+        if ends_epoch:
             _close_epoch(active, stream, step, validate, title)
-        if stream.ends_epoch(step) or last or (step + 1) % CHECK_STEPS == 0:
+        if ends_epoch or (step + 1) % CHECK_STEPS == 0:
             running = [learner for learner in running if learner.diverged_step is None]
-        if not running:
-            break
         if not last and time.monotonic() - saved >= save_seconds:
-            for learner in active:
+            for learner in running:
                 save(learner)
             saved = time.monotonic()
     return teacher_seconds
+
+
+def _ask(teacher: Teacher | None, active: list[Learner], batch: Batch) -> Output | None:
+    """One pass for all, and none for those who would not listen."""
+    if teacher is None or not any(learner.method.needs_teacher for learner in active):
+        return None
+    answers: Output = teacher(batch.images)
+    return answers
 
 
 def _close_epoch(active: list[Learner], stream: ViewStream, step: int, validate: Callable[[Learner], float], title: str) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
 from kdlib.config import Recipe
@@ -87,7 +87,8 @@ class Learner:
         if not bad:
             return "the loss was finite but the trained student's logits are not: most often from a learning rate that is too high"
         if len(bad) == len(self.names):
-            return f"every loss term ({', '.join(bad)}) was not finite: the weights grew without bound, most often from a learning rate that is too high"
+            terms = ", ".join(bad)
+            return f"no loss term ({terms}) was finite: the weights grew without bound, most often from a learning rate that is too high"
         return f"of the loss terms only {', '.join(bad)} was not finite: most often its weight is too high or its temperature too low"
 
     def state_dict(self) -> dict[str, Any]:

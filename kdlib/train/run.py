@@ -24,7 +24,7 @@ from kdlib.models import Classifier, build
 from kdlib.results import write_bytes, write_csv, write_json
 from kdlib.seed import seed_torch
 from kdlib.train import checkpoint
-from kdlib.train.fit import Diverged, fit
+from kdlib.train.fit import fit
 from kdlib.train.learner import Learner, total_steps
 from kdlib.train.measure import measure, predict
 from kdlib.train.teacher import Teacher
@@ -56,10 +56,10 @@ class Job:
     folder: Path
 
 
-def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float, stop_on_divergence: bool) -> None:
+def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None:
     """Train the jobs together from where their checkpoints left off, measure each, write each folder; metrics.json comes last.
 
-    Raises ``Diverged``, after writing everything, when a loss was not finite and ``stop_on_divergence`` says so.
+    A loss that is not finite ends that run as ``diverged``; the others go on.
     """
     data, recipe = setting.data, setting.recipe
     steps = total_steps(recipe, len(data.train.labels))
@@ -81,12 +81,6 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float, stop_on
     measured = _Measured(data, setting.teacher, setting.device)
     for learner, job in zip(learners, jobs, strict=True):
         _write(job, learner, setting, measured, teacher_seconds / len(jobs))
-    for learner in learners:
-        if learner.diverged_step is not None and stop_on_divergence:
-            raise Diverged(
-                f"params.yaml: study.on_divergence: found 'fail'; {setting.title}: {learner.name} diverged at step {learner.diverged_step}: "
-                f"{learner.diverged_cause}; change that, or set on_divergence: continue"
-            )
 
 
 def _learner(setting: Setting, job: Job, steps: int) -> Learner:
@@ -164,8 +158,8 @@ def write_measured(folder: Path, classifier: Classifier, data: DataSet, device: 
     write_bytes(folder / "weights.safetensors", save(weights(classifier)))
     write_json(folder / "timing.json", {"student_seconds": 0.0, "teacher_seconds_share": 0.0})
     write_json(folder / "environment.json", environment(device))
-    parameters = sum(parameter.numel() for parameter in classifier.parameters())
-    write_json(folder / "metrics.json", {"status": "finished", "student_parameters": parameters} | measured(classifier, "val") | measured(classifier, "test"))
+    about = {"status": "finished", "student_parameters": sum(parameter.numel() for parameter in classifier.parameters())}
+    write_json(folder / "metrics.json", about | measured(classifier, "val") | measured(classifier, "test"))
 
 
 def weights(classifier: Classifier) -> dict[str, Tensor]:
@@ -199,5 +193,3 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def _top1(student: Classifier, split: Split, labels: Tensor, device: torch.device) -> float:
     return float((predict(student, split.images, EVALUATION_BATCH, device).argmax(dim=1) == labels).double().mean())
-
-
