@@ -222,6 +222,14 @@ def test_the_fingerprint_knows_content_and_not_place(tmp_path: Path) -> None:
     assert data.prepare("x", folder(tmp_path / "copy"), tmp_path / "4", progress=False).fingerprint != base
 
 
+def test_the_fingerprint_knows_the_labels(tmp_path: Path) -> None:
+    made = []
+    for labels in (np.array([0, 1]), np.array([1, 0])):
+        content = splits.Content(["a", "b"], 8, 3, dict.fromkeys(PARTS, labels), lambda _: iter([np.stack([picture(0, 0), picture(0, 1)])]))
+        made.append(splits.write(tmp_path / "x", "x", DIGITS, content, progress=False).fingerprint)
+    assert made[0] != made[1]
+
+
 def test_a_relative_path_starts_at_params_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tree(tmp_path / "my images", ["a", "b"], 4)
     (tmp_path / "params.yaml").touch()
