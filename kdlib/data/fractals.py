@@ -1,8 +1,8 @@
 """Fractals: a class is an iterated function system of 2 to 4 affine maps, an image a jittered rendering of it.
 
 Sources: Kataoka et al., "Pre-training without natural images" (FractalDB), ACCV 2020: classes as systems, jittered coefficients, maps
-chosen by their determinants, systems rejected by filling rate. Anderson and Farrell, "Improving fractal pre-training", WACV 2022,
-section 3: contractive maps by their singular values, whose weighted sum decides how good a system looks.
+chosen by their determinants, systems rejected by filling rate. Anderson and Farrell, "Improving fractal pre-training", WACV 2022
+(arXiv 2110.03091): contractive maps by their singular values, whose weighted sum decides how good a system looks.
 """
 
 from collections.abc import Iterator
@@ -81,14 +81,14 @@ def coefficients(maps: Float64[np.ndarray, "images maps 6"]) -> Float64[np.ndarr
 
 
 def chances(maps: Float64[np.ndarray, "images maps 6"]) -> Float64[np.ndarray, "images maps"]:
-    """Cumulative chance of each map: proportional to |det|, but at least a twentieth of the largest (FractalDB, section 3)."""
+    """Cumulative chance of each map: proportional to |det| (FractalDB), but at least a twentieth of the likeliest map's."""
     size = np.abs(maps[..., 0] * maps[..., 3] - maps[..., 1] * maps[..., 2])
     size = np.maximum(size, np.maximum(size.max(-1, keepdims=True) / 20, 1e-6))
     return np.cumsum(size / size.sum(-1, keepdims=True), -1)
 
 
 def _candidate(random: np.random.Generator) -> Float64[np.ndarray, "maps 6"]:
-    """2 to 4 maps whose sum of s1 + 2 s2 lies between (5 + maps) / 2 and (6 + maps) / 2 (Anderson and Farrell, section 3.3)."""
+    """2 to 4 maps whose sum of s1 + 2 s2 lies between (5 + maps) / 2 and (6 + maps) / 2 (Anderson and Farrell's sigma-factor)."""
     maps = int(random.integers(2, 5))
     while True:
         values = np.sort(random.uniform(0, LARGEST, (maps, 2)), axis=1)[:, ::-1]
