@@ -1,0 +1,181 @@
+"""The form of params.yaml: its sections, their keys, and the type and range of every value."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # results/runs.csv holds it in 64 bits
+Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+HeldOut = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Pixels = Annotated[int, Field(ge=8, le=1024)]
+
+
+class Digits(Part):
+    """scikit-learn's handwritten digits: 1,797 real images of 8x8 (UCI optdigits test set)."""
+
+    source: Literal["digits"]
+    val_fraction: HeldOut  # of all images
+    test_fraction: HeldOut
+    seed: Seed  # draws the stratified split
+    hflip: Share  # probability that a training view is mirrored
+
+
+class Fractals(Part):
+    """Iterated function systems: a class is a system, an image is a jittered rendering of it."""
+
+    source: Literal["fractals"]
+    classes: Annotated[int, Field(ge=2)]
+    train_per_class: Count
+    val_per_class: Count
+    test_per_class: Count
+    size: Pixels
+    jitter: Share  # how far an image's system may lie from its class's
+    points: Count  # of the chaos game, per image
+    seed: Seed
+    hflip: Share
+
+
+class Cifar100(Part):
+    """CIFAR-100 in its python pickles, as torchvision reads them."""
+
+    source: Literal["cifar100"]
+    path: str
+    download: bool
+    val_fraction: HeldOut  # of the official training split; the official test split is the test split
+    seed: Seed
+    hflip: Share
+
+
+class Folder(Part):
+    """One folder per class, images below it, as timm's folder reader finds them."""
+
+    source: Literal["folder"]
+    path: str
+    size: Pixels  # images are decoded once to size x size
+    val_fraction: HeldOut
+    test_fraction: HeldOut
+    seed: Seed
+    hflip: Share
+
+
+class Imagenet(Part):
+    """ImageNet-1k unpacked as torchvision's ImageNet expects it: train/<wnid>/ and val/<wnid>/."""
+
+    source: Literal["imagenet"]
+    path: str
+    size: Pixels
+    val_fraction: HeldOut  # of the official training split; the official validation split is the test split
+    seed: Seed
+    hflip: Share
+
+
+DataSource = Annotated[Digits | Fractals | Cifar100 | Folder | Imagenet, Field(discriminator="source")]
+SOURCES: dict[str, type[Part]] = {"digits": Digits, "fractals": Fractals, "cifar100": Cifar100, "folder": Folder, "imagenet": Imagenet}
+
+
+class RandAugmentParams(Part):
+    """Cubuk et al., CVPRW 2020, in timm's terms: ``rand-m<magnitude>-n<operations>-mstd<magnitude_std>``."""
+
+    operations: Annotated[int, Field(ge=0, le=10)]  # 0 switches it off
+    magnitude: Annotated[float, Field(ge=0, le=10)]
+    magnitude_std: NonNegative
+
+
+class Recipe(Part):
+    """How any student is trained."""
+
+    epochs: Positive  # passes over the *whole* training split; a fraction of it is passed over more often
+    batch_size: Annotated[int, Field(ge=2)]
+    optimizer: str  # timm's name
+    learning_rate: Positive
+    weight_decay: NonNegative
+    warmup: Annotated[float, Field(ge=0, lt=1)]  # share of all steps, linear from 0; then a cosine to 0
+    hard_loss: Literal["ce", "bce"]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    drop_path: Annotated[float, Field(ge=0, lt=1)]
+    crop_padding: Share  # shifts by up to this share of the image side
+    crop_min_area: Fraction  # resized crops of at least this share of the image; 1 switches them off
+    mixup_alpha: NonNegative  # 0 switches it off
+    cutmix_alpha: NonNegative
+    randaugment: RandAugmentParams
+
+
+class Teacher(Part):
+    """Trained here by a recipe, or loaded from a checkpoint of the named model."""
+
+    data: str
+    model: str
+    recipe: str
+    seed: Seed
+    checkpoint: str | None  # a .safetensors or .pth file of this model; null trains it
+    min_top1: Share  # on the test split; nobody learns from a teacher below it
+
+
+class Sweep(Part):
+    """A grid of each method's parameters, tried at one seed; the validation split chooses one point for each method."""
+
+    seed: Seed
+    grids: dict[str, dict[str, list[float]]]
+
+
+class Comparison(Part):
+    """Everything fixed but method and seed."""
+
+    data: str
+    fraction: Fraction
+    teacher: str
+    student: str
+    recipe: str
+    methods: list[str]
+    sweep: Sweep | None
+
+
+class Headline(Part):
+    """Which comparisons make the main table: this data set, every fraction, the weak recipe against the strong one."""
+
+    data: str
+    weak: str
+    strong: str
+
+
+class StudyParams(Part):
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    baseline: str
+    challengers: list[str]
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    on_divergence: Literal["continue", "fail"]
+    checkpoint_seconds: NonNegative
+    headline: Headline
+
+
+class Study(Part):
+    """All of params.yaml."""
+
+    study: StudyParams
+    data: dict[str, DataSource]
+    teachers: dict[str, Teacher]
+    recipes: dict[str, Recipe]
+    methods: dict[str, dict[str, float]]
+    comparisons: Annotated[dict[str, Comparison], Field(min_length=1)]
+
+
+# Where each part stands, without the names that people choose; the sources of data are told apart by their ``source``.
+PARTS: dict[str, type[Part]] = {
+    "": Study,
+    "study": StudyParams,
+    "study.headline": Headline,
+    "teachers": Teacher,
+    "recipes": Recipe,
+    "recipes.randaugment": RandAugmentParams,
+    "comparisons": Comparison,
+    "comparisons.sweep": Sweep,
+}
