@@ -83,6 +83,10 @@ _ALLOWED = {
 class Refused(ValueError):
     """The study must not start, or go on, like this. The message is one line for the person who wrote params.yaml."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows (IPython asks for it): the message names the cause, 60 lines of our own code would bury it."""
+        return [f"Refused: {self}"]
+
 
 def refuse(key: str, found: object, allowed: str, do: str) -> Refused:
     """Error of one line: the key in params.yaml, what was found, what is allowed, what to do."""

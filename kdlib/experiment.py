@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from kdlib.losses import METHODS
 from kdlib.models import Classifier, build
 from kdlib.plan import TUNED, Variant, methods_of, trials_of
 from kdlib.provenance import code_fingerprint, fingerprint
-from kdlib.results import TEACHERS, run_folder, write_json
+from kdlib.results import TEACHERS, full_disk_refused, run_folder, write_json
 from kdlib.store import Store, beside_dvc_cache
 from kdlib.train.run import Job, Setting, train, write_measured
 from kdlib.train.teacher import Teacher
@@ -72,6 +71,7 @@ class Experiment:
 
     # -- teacher --------------------------------------------------------------------------------------------------------------
 
+    @full_disk_refused()
     def make_teacher(self, name: str) -> dict[str, Any]:
         """Train or load a teacher and measure it. Returns its metrics. Raises ``Refused`` below the accuracy demanded of it."""
         params = self.study.teachers[config.known("teachers", name, self.study.teachers)]
@@ -82,7 +82,11 @@ class Experiment:
         index = np.arange(len(data.train.labels))
         if params.checkpoint is None:
             setting = Setting(data, index, params.model, None, recipe, params.seed, self.device, f"teacher {name}")
-            plan = Planned(Variant(PLAIN, PLAIN, {"hard_weight": 1.0}), params.seed, self._fingerprint(setting, None, PLAIN, {"hard_weight": 1.0}, False))
+            plan = Planned(
+                Variant(PLAIN, PLAIN, {"hard_weight": 1.0}),
+                params.seed,
+                self._fingerprint(setting, None, PLAIN, {"hard_weight": 1.0}, False),
+            )
             self._complete(setting, [plan])
             found = self.store.run(plan.fingerprint)
         else:
@@ -115,6 +119,7 @@ class Experiment:
 
     # -- distillation ---------------------------------------------------------------------------------------------------------
 
+    @full_disk_refused()
     def distill(self, name: str) -> list[Path]:
         """Bring every run of a comparison to its end and put it below runs/distill/. Returns the folders.
 
@@ -131,14 +136,19 @@ class Experiment:
             folders += [self._export(name, plan) for plan in self._run(name, variants, seed)]
         return folders
 
+    @full_disk_refused()
     def try_method(self, comparison: str, method: str, seed: int, **parameters: float) -> Path:
         """Train one method of a comparison with some of its parameters changed; the folder of the run in the store.
 
         The same functions as the pipeline's; runs/ and results/ stay as they are, and the same call again costs nothing.
         """
-        variant = Variant(method, method, {**self.study.methods[config.known("method", method, self.study.methods)], **parameters})
+        config.known("comparisons", comparison, self.study.comparisons)
+        # typed as params.yaml's numbers are: 4 and 4.0, or a seed out of a table, must name one run
+        changed = {name: float(value) for name, value in parameters.items()}
+        variant = Variant(method, method, {**self.study.methods[config.known("method", method, self.study.methods)], **changed})
         check_method(f"methods.{method}", method, variant.parameters)
-        (plan,) = self._run(comparison, [variant], seed)
+        check_against_data(self.study, self.data(self.study.comparisons[comparison].data))
+        (plan,) = self._run(comparison, [variant], int(seed))
         return self.store.run(plan.fingerprint)
 
     def student(self, comparison: str, folder: Path) -> Classifier:
@@ -233,7 +243,11 @@ class Experiment:
             return
         trials = trials_of(comparison, self.study)
         for method in comparison.sweep.grids:
-            scored = [(_json(run_folder(self.root, (name, v.name, comparison.sweep.seed)) / "metrics.json").get("val_top1", -1.0), v) for v in trials if v.method == method]
+            scored = [
+                (_json(run_folder(self.root, (name, v.name, comparison.sweep.seed)) / "metrics.json").get("val_top1", -1.0), v)
+                for v in trials
+                if v.method == method
+            ]
             best = max(scored, key=lambda pair: pair[0])[1]
             yield Variant(method + TUNED, method, best.parameters)
 
@@ -242,20 +256,35 @@ class Experiment:
         params = self.study.teachers[name]
         classifier = load_checkpoint(f"teachers.{name}.checkpoint", self.root / str(params.checkpoint), params.model, data).to(self.device)
         folder = self.store.run(fingerprint("checkpoint", _digest(self.root / str(params.checkpoint)), params.model, data.fingerprint))
-        write_measured(folder, classifier, data, self.device)
+        try:
+            write_measured(folder, classifier, data, self.device)
+        except FloatingPointError as error:
+            raise refuse(
+                f"teachers.{name}.checkpoint", params.checkpoint, "weights that give finite logits", f"choose another file ({error})"
+            ) from error
         return folder
 
 
 def load_checkpoint(key: str, path: Path, model: str, data: DataSet) -> Classifier:
     """A timm model with the weights of a .safetensors or .pth file. Raises ``Refused`` when they are not weights of this model."""
     if not path.is_file():
-        raise refuse(key, str(path), "a .safetensors or .pth file", "correct the path (it counts from the folder of params.yaml), or write null to train")
+        raise refuse(
+            key,
+            str(path),
+            "a .safetensors or .pth file",
+            "correct the path (it counts from the folder of params.yaml), or write null to train",
+        )
     classifier = build(model, data.classes, data.channels, data.size)
     try:
         timm.models.load_checkpoint(classifier.net, str(path))
-    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise refuse(key, str(path), f"weights of {model} for {data.classes} classes", f"choose the model and data set that it was trained with ({reason})") from error
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+        reason = str(error)[:200] or type(error).__name__
+        raise refuse(
+            key,
+            str(path),
+            f"weights of {model} for {data.classes} classes",
+            f"choose the model and data set that it was trained with ({reason})",
+        ) from error
     return classifier
 
 

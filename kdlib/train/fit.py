@@ -37,7 +37,7 @@ def fit(
     running = [learner for learner in learners if learner.step < total]
     teacher_seconds, saved = 0.0, time.monotonic()
     first = min((learner.step for learner in running), default=total)
-    bar = tqdm(range(first, total), initial=first, total=total, desc=title, unit="step", disable=not _watched(), leave=False)
+    bar = tqdm(range(first, total), initial=first, total=total, desc=title, unit="step", disable=not _watched())
     for step in bar:
         active = [learner for learner in running if learner.step == step]
         if not active:
@@ -51,7 +51,7 @@ def fit(
         last = step + 1 == total
         ends_epoch = last or stream.ends_epoch(step)
         if ends_epoch:
-            _close_epoch(active, stream, step, validate, title)
+            bar.set_postfix_str(_close_epoch(active, stream, step, validate, title))
         if ends_epoch or (step + 1) % CHECK_STEPS == 0:
             running = [learner for learner in running if learner.diverged_step is None]
         if not last and time.monotonic() - saved >= save_seconds:
@@ -69,7 +69,8 @@ def _ask(teacher: Teacher | None, active: list[Learner], batch: Batch) -> Output
     return answers
 
 
-def _close_epoch(active: list[Learner], stream: ViewStream, step: int, validate: Callable[[Learner], float], title: str) -> None:
+def _close_epoch(active: list[Learner], stream: ViewStream, step: int, validate: Callable[[Learner], float], title: str) -> str:
+    """Measure what is due, extend the curves, and say in one line how the learners do."""
     total, seen = active[0].total_steps, (step + 1) * stream.recipe.batch_size
     epoch, epochs = seen // len(stream.index), -(-total * stream.recipe.batch_size // len(stream.index))
     before = max(0, seen - len(stream.index)) // stream.recipe.batch_size
@@ -79,8 +80,10 @@ def _close_epoch(active: list[Learner], stream: ViewStream, step: int, validate:
         val_top1 = validate(learner) if measured else None
         learner.close_epoch(epoch, seen, val_top1)
         shown.append(f"{learner.name} {learner.curve[-1]['loss']:.3f}" + (f" ({100 * val_top1:.1f} %)" if val_top1 is not None else ""))
+    told = "  ".join(shown)
     if not _watched():
-        print(f"{title}  epoch {epoch}/{epochs}  step {step + 1}/{total}  loss (val top-1): {'  '.join(shown)}", flush=True)
+        print(f"{title}  epoch {epoch}/{epochs}  step {step + 1}/{total}  loss (val top-1): {told}", flush=True)
+    return told
 
 
 def _watched() -> bool:
