@@ -1,6 +1,8 @@
 """Any timm model (our small nets are registered there) as a model that takes un-normalised images of a data set."""
 
 import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -8,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kdlib.models import small  # noqa: F401 (registers the small nets with timm)
+from kdlib.models import small  # importing it registers the small nets with timm
 from kdlib.types import Images, Logits, Output
 
 
@@ -41,40 +43,52 @@ def build(name: str, classes: int, channels: int, size: int, drop_path: float = 
     options: dict[str, Any] = {"num_classes": classes, "in_chans": channels}
     if drop_path:
         options["drop_path_rate"] = drop_path  # not every family knows it
-    try:
-        net = timm.create_model(name, **options)
-    except TypeError as error:
-        raise ValueError(
-            f"found {name!r}; allowed: a model that takes drop_path {drop_path}; set drop_path to 0 or change it ({error})"
-        ) from error
-    if net.pretrained_cfg.get("fixed_input_size", False) and net.pretrained_cfg["input_size"][-1] != size:
-        net = timm.create_model(name, **options, img_size=size)
-    least = (net.pretrained_cfg.get("min_input_size") or (0,))[-1]
+    net = _create(name, options)
+    cfg: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
+    least = (cfg.get("min_input_size") or (0,))[-1]
     if size < least:
         raise ValueError(f"found {name!r} with images of {size} px; allowed: at least {least} px; choose another model or a larger size")
-    _check_takes(net, name, channels, size)
-    return Classifier(net.to(memory_format=torch.channels_last), _per_channel(net, "mean", channels), _per_channel(net, "std", channels))
+    with _refused_for_size(name, size):
+        if cfg.get("fixed_input_size", False) and cfg["input_size"][-1] != size:
+            net = timm.create_model(name, **options, img_size=size)
+        _try(net, torch.zeros(1, channels, size, size))
+    return Classifier(net.to(memory_format=torch.channels_last), _per_channel(cfg["mean"], channels), _per_channel(cfg["std"], channels))
 
 
-def _check_takes(net: nn.Module, name: str, channels: int, size: int) -> None:
-    """One forward pass in evaluation mode: the only honest test of an image size, and cheap beside a training run."""
-    training = net.training
+def _create(name: str, options: dict[str, Any]) -> nn.Module:
     try:
-        with torch.inference_mode():
-            net.eval()(torch.zeros(1, channels, size, size))
-    except (RuntimeError, AssertionError, ValueError) as error:
+        net: nn.Module = timm.create_model(name, **options)
+    except TypeError as error:
+        do = "set drop_path to 0, or choose another model"
+        raise ValueError(f"found {name!r}; allowed: a model that takes {', '.join(options)}; {do} ({error})") from error
+    except RuntimeError as error:  # what follows the "." in a name: weights that nobody has trained
+        raise ValueError(f"found {name!r}; allowed: a timm model; {_closest(name)} ({error})") from error
+    return net
+
+
+@contextmanager
+def _refused_for_size(name: str, size: int) -> Iterator[None]:
+    """What a model raises when it is made for, or given, images of a size that it cannot take, as a refusal."""
+    try:
+        yield
+    except _UNFIT as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(
             f"found {name!r} with images of {size} px; allowed: a size that it takes; choose another model or size ({reason})"
         ) from error
-    finally:
-        net.train(training)
 
 
-def _per_channel(net: nn.Module, key: str, channels: int) -> tuple[float, ...]:
+def _try(net: nn.Module, images: Images) -> None:
+    """One forward pass in evaluation mode: the only honest test of an image size, and cheap beside a training run."""
+    training = net.training
+    with torch.inference_mode():
+        net.eval()(images)
+    net.train(training)
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """Statistics of the model's own pre-training; their average where the channels are not red, green and blue."""
-    values: tuple[float, ...] = tuple(net.pretrained_cfg[key])  # type: ignore[index]
-    return values if len(values) == channels else (sum(values) / len(values),) * channels
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _closest(name: str) -> str:

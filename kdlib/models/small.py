@@ -7,13 +7,14 @@ stem's stride is a parameter (2 keeps a 24 px study affordable on a CPU) and the
 from typing import Any
 
 from jaxtyping import Float
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
-Maps = Float[Tensor, "batch channels height width"]
+Pixels = Float[Tensor, "batch channels height width"]
+Maps = Float[Tensor, "batch _ _ _"]  # of any depth: channels and sizes differ from the input's
 
 __all__ = ["SmallResNet"]
 
@@ -62,7 +63,7 @@ class SmallResNet(nn.Module):
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes)
 
-    def forward_features(self, x: Maps) -> Maps:
+    def forward_features(self, x: Pixels) -> Maps:
         maps: Maps = self.stages(self.stem(x))
         return maps
 
@@ -72,7 +73,7 @@ class SmallResNet(nn.Module):
         return logits
 
     def forward_intermediates(
-        self, x: Maps, indices: int | list[int] | None = None, intermediates_only: bool = False, **_: object
+        self, x: Pixels, indices: int | list[int] | None = None, intermediates_only: bool = False, **_: object
     ) -> list[Maps] | tuple[Maps, list[Maps]]:
         """The stages' maps in timm's way; of its further options the only value that there is here is the default."""
         take, _last = feature_take_indices(len(self.stages), indices)
@@ -83,7 +84,7 @@ class SmallResNet(nn.Module):
                 maps.append(x)
         return maps if intermediates_only else (x, maps)
 
-    def forward(self, x: Maps) -> Float[Tensor, "batch classes"]:
+    def forward(self, x: Pixels) -> Float[Tensor, "batch classes"]:
         return self.forward_head(self.forward_features(x))
 
 
@@ -97,7 +98,7 @@ def _stage(channels: int, out: int, stride: int, drop_paths: list[float]) -> nn.
     return nn.Sequential(*blocks)
 
 
-def _create(name: str, pretrained: bool, kwargs: dict[str, Any], **shape: int) -> nn.Module:
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any], **shape: Any) -> nn.Module:
     model: nn.Module = build_model_with_cfg(SmallResNet, name, pretrained, **shape, **kwargs)
     return model
 

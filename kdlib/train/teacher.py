@@ -1,7 +1,5 @@
 """A teacher: frozen where it is made, and in evaluation mode whatever ``train()`` is called on."""
 
-from typing import Self
-
 import torch
 from torch import nn
 
@@ -17,7 +15,7 @@ class Teacher(nn.Module):
         self.classifier = classifier.requires_grad_(False)
         self.train(False)
 
-    def train(self, mode: bool = True) -> Self:  # noqa: ARG002 (a teacher has one mode)
+    def train(self, mode: bool = True) -> "Teacher":  # noqa: ARG002 (a teacher has one mode)
         return super().train(False)
 
     @torch.no_grad()  # not inference_mode: a student's backward pass must be able to keep these logits

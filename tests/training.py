@@ -1,0 +1,133 @@
+"""A study of seconds that is ready to distill, its parts for tests that train, and what a child process does in a test that kills it."""
+
+import atexit
+import functools
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdlib.config import Recipe
+from kdlib.data.splits import load
+from kdlib.experiment import Experiment
+from kdlib.losses import METHODS
+from kdlib.losses.base import Method
+from kdlib.models import build
+from kdlib.seed import seed_torch
+from kdlib.train import checkpoint
+from kdlib.train.run import Job, Setting, train
+from kdlib.train.teacher import Teacher
+from tests import tiny
+
+ROOT = tiny.ROOT
+NET = "kd_resnet8_w8_s1"
+CPU = torch.device("cpu")
+COMPARISON = "only"
+NUMBERS = ("metrics.json", "curve.csv", "weights.safetensors")  # what must repeat byte for byte
+
+
+@functools.cache
+def prepared() -> Path:
+    """A folder with the tiny study's data and teacher: once for all tests of a session."""
+    root = Path(tempfile.mkdtemp(prefix="kdlib-tests-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    tiny.write(root)
+    experiment = Experiment(root)
+    experiment.prepare_data("fractals")
+    experiment.make_teacher("small")
+    return root
+
+
+def content(*, epochs: float = 1.0, methods: Sequence[str] = tuple(METHODS), seeds: Sequence[int] = (0,), **study: Any) -> dict[str, Any]:
+    """params.yaml with one comparison: strong recipe, drop path, a checkpoint after every step."""
+    made = tiny.content()
+    made["study"] |= {"seeds": list(seeds), **study}
+    made["recipes"]["strong"] |= {"epochs": epochs}
+    chosen = {"fraction": 0.5, "recipe": "strong", "methods": list(methods), "sweep": None}
+    made["comparisons"] = {COMPARISON: made["comparisons"]["small_weak"] | chosen}
+    return made
+
+
+def fresh(folder: Path, params: dict[str, Any]) -> Path:
+    """A project with this params.yaml, the data and the teacher ready, and a run store of its own."""
+    tiny.write(folder, params)
+    shutil.copytree(prepared() / "runs", folder / "runs")
+    return folder
+
+
+def numbers(root: Path) -> dict[str, bytes]:
+    """What must repeat of every run below runs/distill/, by path."""
+    folder = root / "runs" / "distill"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.name in NUMBERS}
+
+
+def store(root: Path) -> Path:
+    return root / ".dvc" / "kdlib-runs"
+
+
+# Parts, without params.yaml
+
+
+def recipe(**changes: Any) -> Recipe:
+    """The tiny study's strong recipe, made shorter: 12 steps over its 96 images."""
+    return Recipe.model_validate(tiny.content()["recipes"]["strong"] | {"epochs": 2.0, "drop_path": 0.3} | changes)
+
+
+def teacher(seed: int = 5) -> Teacher:
+    """An untrained one, whose answers are as good as any for comparing numbers; its running statistics are not the initial ones."""
+    seed_torch(seed)
+    classifier = build(NET, 6, 1, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            classifier(torch.rand(32, 1, 8, 8))
+    return Teacher(classifier)
+
+
+def setting(seed: int = 0, index: np.ndarray | None = None, taught_by: Teacher | None = None, **changes: Any) -> Setting:
+    data = load(prepared() / "runs" / "data" / "fractals")
+    index = np.arange(0, 96, 2) if index is None else index
+    return Setting(data, index, NET, taught_by or teacher(), recipe(**changes), seed, CPU, "test")
+
+
+def method(name: str) -> Callable[[], Method]:
+    return lambda: METHODS[name](**tiny.content()["methods"][name])
+
+
+def trained(
+    among: Setting, methods: dict[str, Callable[[], Method]], folder: Path, save_seconds: float = 1e9
+) -> dict[str, dict[str, bytes]]:
+    """Train these together, in this order; what must repeat, by name and file."""
+    jobs = [Job(name, make, True, folder / name) for name, make in methods.items()]
+    for job in jobs:
+        job.folder.mkdir(parents=True, exist_ok=True)
+    train(among, jobs, save_seconds=save_seconds)
+    return {name: {file: (folder / name / file).read_bytes() for file in NUMBERS} for name in methods}
+
+
+# For child processes
+
+
+def distill(root: Path) -> None:
+    torch.set_num_threads(1)
+    Experiment(root).distill(COMPARISON)
+
+
+def distill_and_die(root: Path, saves: int) -> None:
+    """Distill, and be killed right after so many checkpoints were written."""
+    save, left = checkpoint.save, saves
+
+    def save_and_die(folder: Path, step: int, state: dict[str, Any]) -> None:
+        nonlocal left
+        save(folder, step, state)
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save = save_and_die
+    distill(root)
