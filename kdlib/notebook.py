@@ -1,7 +1,7 @@
 """Runs one notebook as one pipeline stage: the only file that DVC calls.
 
-    python -m kdlib.notebook clean SOURCE COPY      a code-only copy: saving a notebook in JupyterLab reruns nothing
-    python -m kdlib.notebook run STAGE[@NAME]       execute the stage's notebook, as dvc.yaml describes the stage
+python -m kdlib.notebook clean SOURCE COPY      a code-only copy: saving a notebook in JupyterLab reruns nothing
+python -m kdlib.notebook run STAGE[@NAME]       execute the stage's notebook, as dvc.yaml describes the stage
 """
 
 import argparse
@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from kdlib import config
 from kdlib.config import Refused
-from kdlib.results import write_text
+from kdlib.results import full_disk_refused, write_text
 
 LIVE = Path(".state/live")  # notebooks while they run, and those that failed
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -51,7 +51,14 @@ def describe(root: Path, title: str) -> Stage:
         body = body["do"]
     deps, params = ([_fill(text, values) for text in body.get(part, [])] for part in ("deps", "params"))
     outs = [_fill(next(iter(out)) if isinstance(out, dict) else out, values) for out in body["outs"]]
-    return Stage(title, name, Path(next(dep for dep in deps if dep.endswith(".ipynb"))), Path(next(out for out in outs if out.endswith(".ipynb"))), deps, params)
+    return Stage(
+        title,
+        name,
+        Path(next(dep for dep in deps if dep.endswith(".ipynb"))),
+        Path(next(out for out in outs if out.endswith(".ipynb"))),
+        deps,
+        params,
+    )
 
 
 def clean(source: Path, copy: Path) -> None:
@@ -100,7 +107,9 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
         if error.ename in ("Refused", "Diverged"):
             raise Refused(error.evalue) from None
         where = live.relative_to(Path.cwd()) if live.is_relative_to(Path.cwd()) else live
-        raise Refused(f"{stage.title}: cell {error.exec_count} failed with {error.ename}: {error.evalue} (the notebook as far as it came: {where})") from None
+        raise Refused(
+            f"{stage.title}: cell {error.exec_count} failed with {error.ename}: {error.evalue} (the notebook as far as it came: {where})"
+        ) from None
 
 
 def _inputs(root: Path, stage: Stage) -> str:
@@ -125,7 +134,10 @@ def _fill(text: str, values: dict[str, str]) -> str:
 
 def _strip(notebook: dict[str, Any], outputs: bool) -> dict[str, Any]:
     """What repeats of a notebook: equal work gives equal bytes."""
-    notebook["metadata"] = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+    notebook["metadata"] = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
     for i, cell in enumerate(notebook["cells"]):
         tags = cell["metadata"].get("tags")
         cell["id"], cell["source"], cell["metadata"] = f"cell-{i}", "".join(cell["source"]), {"tags": tags} if tags else {}
@@ -164,7 +176,8 @@ def main() -> None:
         if given.command == "clean":
             clean(given.source, given.copy)
         else:
-            run(Path.cwd(), given.stage)
+            with full_disk_refused():  # papermill writes too
+                run(Path.cwd(), given.stage)
     except Refused as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -24,10 +24,21 @@ def trials_of(comparison: Comparison, study: Study) -> list[Variant]:
     if comparison.sweep is None:
         return []
     return [
-        Variant("trial/" + ".".join([method, *(f"{key}_{value:g}" for key, value in point.items())]), method, {**study.methods[method], **point}, trial=True)
+        Variant(
+            "trial/" + ".".join([method, *(f"{key}_{_short(value)}" for key, value in point.items())]),
+            method,
+            {**study.methods[method], **point},
+            trial=True,
+        )
         for method, grid in comparison.sweep.grids.items()
         for point in config.trials(grid)
     ]
+
+
+def _short(value: float) -> str:
+    """As people write it, with all the digits that tell it from another."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def methods_of(comparison: Comparison, study: Study) -> list[Variant]:

@@ -1,9 +1,11 @@
 """Run directories -> tables of numbers. Everything written here is whole or not there at all."""
 
+import errno
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,19 @@ COLUMNS = [
 _TYPES = {
     name: "string" if name in _TEXTS else "Int64" if name in _COUNTS else "bool" if name == "trial" else "float64" for name in COLUMNS
 }
+
+
+@contextmanager
+def full_disk_refused() -> Iterator[None]:
+    """Also a decorator: a full disk, wherever it shows, becomes one line. What was written before is whole (see ``write_bytes``)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        what = "free some (`make gc` shows how) and run the same command again: it goes on from the last checkpoint"
+        raise Refused(f"disk: found no room left{where}; allowed: enough for runs/ and the run store; {what}") from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -37,6 +37,7 @@ class Method(nn.Module):
     """
 
     needs_teacher: ClassVar[bool] = True  # whether training by this method alone would cost teacher passes
+    min_classes: ClassVar[int] = 2  # of a data set that it can learn from
 
     def __init__(self, *, hard_weight: float) -> None:
         super().__init__()

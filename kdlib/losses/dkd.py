@@ -1,5 +1,7 @@
 """Decoupled knowledge distillation (Zhao, Cui, Song, Qiu, Liang, CVPR 2022, arXiv 2203.08679)."""
 
+from typing import ClassVar
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -40,6 +42,8 @@ class DKD(Method):
 
     "The" target of a mixed image is the class with the largest share of it, ``batch.labels``: the paper does not mix.
     """
+
+    min_classes: ClassVar[int] = 3  # without the target nothing is left to tell apart in two
 
     def __init__(self, *, hard_weight: float, weight: float, alpha: float, beta: float, temperature: float) -> None:
         super().__init__(hard_weight=hard_weight)
