@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from safetensors.torch import load_file
 
@@ -19,6 +18,7 @@ from kdlib.data import prepare
 from kdlib.data.splits import DataSet, load, subset
 from kdlib.losses import METHODS
 from kdlib.models import Classifier, build
+from kdlib.models.loading import load_checkpoint
 from kdlib.plan import TUNED, Variant, methods_of, trials_of
 from kdlib.provenance import code_fingerprint, fingerprint
 from kdlib.results import TEACHERS, full_disk_refused, run_folder, write_json
@@ -263,29 +263,6 @@ class Experiment:
                 f"teachers.{name}.checkpoint", params.checkpoint, "weights that give finite logits", f"choose another file ({error})"
             ) from error
         return folder
-
-
-def load_checkpoint(key: str, path: Path, model: str, data: DataSet) -> Classifier:
-    """A timm model with the weights of a .safetensors or .pth file. Raises ``Refused`` when they are not weights of this model."""
-    if not path.is_file():
-        raise refuse(
-            key,
-            str(path),
-            "a .safetensors or .pth file",
-            "correct the path (it counts from the folder of params.yaml), or write null to train",
-        )
-    classifier = build(model, data.classes, data.channels, data.size)
-    try:
-        timm.models.load_checkpoint(classifier.net, str(path))
-    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        reason = str(error)[:200] or type(error).__name__
-        raise refuse(
-            key,
-            str(path),
-            f"weights of {model} for {data.classes} classes",
-            f"choose the model and data set that it was trained with ({reason})",
-        ) from error
-    return classifier
 
 
 def _job(plan: Planned, folder: Path) -> Job:
