@@ -162,7 +162,7 @@ def test_every_fraction_sees_equally_many_images(tmp_path: Path, images: int) ->
 # The loop, written out
 
 
-def test_the_loop_is_sgd_on_a_cosine(tmp_path: Path) -> None:
+def test_the_loop_is_sgd_on_a_cosine() -> None:
     """Five steps of nesterov SGD (as timm's ``sgd`` means it), weights and not norms or biases decayed, linear warm-up, cosine."""
     rate, decay, momentum, total, warmup, temperature = 0.2, 0.01, 0.9, 10, 3, 2.0
     among = setting(drop_path=0.0, learning_rate=rate, weight_decay=decay, warmup=warmup / total, hard_loss="ce")
@@ -188,7 +188,7 @@ def test_the_loop_is_sgd_on_a_cosine(tmp_path: Path) -> None:
                 is_weight = name.endswith("weight") and "bn" not in name and weight.ndim > 1
                 slope = weight.grad + (decay * weight if is_weight else 0)
                 velocity[name] = momentum * velocity[name] + slope
-                weight -= now * (slope + momentum * velocity[name])
+                weight.sub_(now * (slope + momentum * velocity[name]))
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(student.net.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
     assert learner.step == 5
@@ -271,9 +271,7 @@ def test_a_trial_is_not_told_about_the_test_split(tmp_path: Path) -> None:
 
 def test_the_curve_holds_the_means_of_each_epoch(tmp_path: Path) -> None:
     seen = {"dkd": Seen()}
-    trained(
-        setting(index=np.arange(40)), spies(seen), tmp_path
-    )  # batches of 16 straddle passes of 40: they end within steps 2, 4, 7, 9, 12
+    trained(setting(index=np.arange(40)), spies(seen), tmp_path)  # batches of 16 straddle passes of 40
     curve = pd.read_csv(tmp_path / "dkd" / "curve.csv")
     assert curve["step"].tolist() == [3, 5, 8, 10, 12]
     assert curve["images_seen"].tolist() == [48, 80, 128, 160, 192]
@@ -341,7 +339,7 @@ def test_a_diverged_teacher_teaches_nobody(tmp_path: Path) -> None:
     params: dict[str, Any] = training.content()
     params["recipes"]["weak"] |= {"learning_rate": 1e38, "epochs": 1.0}
     root = training.fresh(tmp_path / "project", params)
-    with pytest.raises(ValueError, match="params.yaml: teachers.small: found 'diverged at step"):
+    with pytest.raises(ValueError, match=r"params.yaml: teachers.small: found 'diverged at step"):
         Experiment(root).make_teacher("small")
 
 

@@ -71,6 +71,8 @@ def store(root: Path) -> Path:
     return root / ".dvc" / "kdlib-runs"
 
 
+Numbers = dict[str, dict[str, bytes]]  # by name and file
+
 # Parts, without params.yaml
 
 
@@ -102,7 +104,7 @@ def method(name: str) -> Callable[[], Method]:
 def trained(
     among: Setting, methods: dict[str, Callable[[], Method]], folder: Path, save_seconds: float = 1e9
 ) -> dict[str, dict[str, bytes]]:
-    """Train these together, in this order; what must repeat, by name and file."""
+    """Train these together, in this order; what must repeat."""
     jobs = [Job(name, make, True, folder / name) for name, make in methods.items()]
     for job in jobs:
         job.folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from kdlib.models import small  # importing it registers the small nets with timm
 from kdlib.types import Images, Logits, Output
 
+_UNFIT = (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError)  # what models raise for a size that is not theirs
+
 
 class Classifier(nn.Module):
     """A timm model behind its own normalisation: un-normalised images in [0, 1] go in, an ``Output`` comes out."""
