@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,8 @@ def fingerprint(*parts: object) -> str:
 
 def code_fingerprint(roots: Iterable[str], stop: Collection[str] = ()) -> str:
     """Hash of the syntax trees of ``closure(roots, stop)``: a comment or a docstring changes nothing."""
-    return fingerprint([(module, _tree(module)) for module in sorted(closure(roots, stop))])
+    cell = _reloads()
+    return fingerprint([(module, _tree(module, cell)) for module in sorted(closure(roots, stop))])
 
 
 def closure(roots: Iterable[str], stop: Collection[str] = ()) -> set[str]:
@@ -32,9 +34,22 @@ def closure(roots: Iterable[str], stop: Collection[str] = ()) -> set[str]:
     return found
 
 
-@cache
 def imports(module: str) -> frozenset[str]:
     """The modules of this package that importing ``module`` runs: those it names, and the packages they lie in."""
+    return _imports(module, _reloads())
+
+
+def _reloads() -> int:
+    """0: the code in memory is that of the start. Where IPython's %autoreload loads edited modules before every cell: the cell's number.
+
+    Without it, an edited method would be trained, and kept in the store, under the name of the old one.
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython.extensions.autoreload" in sys.modules else None
+    return int(shell.execution_count) if shell else 0
+
+
+@cache
+def _imports(module: str, _cell: int) -> frozenset[str]:
     named: set[str] = set()
     for node in ast.walk(ast.parse(path(module).read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -52,7 +67,7 @@ def path(module: str) -> Path:
 
 
 @cache
-def _tree(module: str) -> str:
+def _tree(module: str, _cell: int) -> str:
     tree = ast.parse(path(module).read_text("utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
