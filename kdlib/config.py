@@ -113,7 +113,7 @@ def find_root(start: Path | None = None) -> Path:
     raise Refused(f"{FILE}: found none in {start} or above it; allowed: a folder that holds one; run from inside the project")
 
 
-def read(root: Path) -> dict[str, Any]:
+def read(root: Path) -> dict[Any, Any]:
     """params.yaml by YAML 1.2 rules, exactly as DVC reads it (PyYAML takes ``1e-3`` for a string). Raises ``Refused``."""
     try:
         content = YAML(typ="safe", pure=True).load((root / FILE).read_text("utf-8"))
@@ -134,7 +134,7 @@ def load(root: Path) -> Study:
     return parse(read(root))
 
 
-def parse(content: Mapping[str, Any]) -> Study:
+def parse(content: Mapping[Any, Any]) -> Study:
     """Check types, ranges, names and references. Raises ``Refused``."""
     try:
         study = Study.model_validate(content)
@@ -222,7 +222,7 @@ def _unreadable(error: YAMLError) -> Refused:
     return refuse(key, found, "YAML 1.2, every key once", "correct it")
 
 
-def _explain(error: ValidationError, content: Mapping[str, Any]) -> Refused:
+def _explain(error: ValidationError, content: Mapping[Any, Any]) -> Refused:
     """The first finding of pydantic as one line of ours."""
     first = error.errors()[0]
     kind, found, limits = first["type"], first["input"], first.get("ctx", {})
@@ -247,7 +247,7 @@ def _explain(error: ValidationError, content: Mapping[str, Any]) -> Refused:
     return refuse(key, found, allowed, "change it")
 
 
-def _part(path: list[str], content: Mapping[str, Any]) -> type[Part]:
+def _part(path: list[str], content: Mapping[Any, Any]) -> type[Part]:
     """The form of what stands at a place in params.yaml."""
     if path and path[0] == "data":
         return SOURCES[content["data"][path[1]]["source"]]

@@ -99,6 +99,7 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
             parameters={"name": stage.name} if stage.name else {},
             kernel_name="python3",
             progress_bar=False,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it would warn that the kernel listens on this machine, in each stage
             log_output=True,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
