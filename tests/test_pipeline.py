@@ -1,0 +1,238 @@
+"""The whole pipeline on a tiny params.yaml, driven as a user drives it."""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from kdlib import plan, provenance
+from kdlib.config import load
+from kdlib.notebook import describe
+from ruamel.yaml import YAML
+
+from tests import project, tiny
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished study in a path with a space, and what it printed."""
+    folder = project.copy(tmp_path_factory.mktemp("with space") / "study")
+    return folder, project.study(folder)
+
+
+def edit(folder: Path, old: str, new: str, file: str = "params.yaml") -> None:
+    """Replace exactly one text."""
+    text = (folder / file).read_text()
+    assert text.count(old) == 1, (old, text.count(old))
+    (folder / file).write_text(text.replace(old, new))
+
+
+def set_param(folder: Path, keys: str, value: object) -> None:
+    """Change one value of params.yaml."""
+    yaml = YAML(typ="safe", pure=True)
+    content = yaml.load((folder / "params.yaml").read_text())
+    *path, last = keys.split(".")
+    place = content
+    for key in path:
+        place = place[key]
+    assert place[last] != value
+    place[last] = value
+    with (folder / "params.yaml").open("w") as file:
+        yaml.dump(content, file)
+
+
+def test_every_planned_run_is_a_row_of_the_table(done: tuple[Path, str]) -> None:
+    folder, _ = done
+    runs = pd.read_csv(folder / "results/runs.csv")
+    assert list(zip(runs["comparison"], runs["variant"], runs["seed"], strict=True)) == plan.expected(load(folder))
+    assert (runs["status"] == "finished").all()
+    assert runs.loc[~runs["trial"], "test_top1"].notna().all()
+    assert runs.loc[runs["trial"], "test_top1"].isna().all(), "a trial must not ask the test split"
+    assert runs.groupby("comparison")["images_seen"].nunique().max() == 1
+    assert runs.loc[runs["comparison"] == "small_weak", "images_seen"].iloc[0] == runs.loc[runs["comparison"] == "tuned", "images_seen"].iloc[0]
+
+
+def test_the_reader_gets_tables_figures_and_the_readme(done: tuple[Path, str]) -> None:
+    folder, printed = done
+    for table in ("data_scale", "recipes", "tuning", "cost", "measures"):
+        for form in ("md", "csv", "tex"):
+            assert (folder / f"results/tables/{table}.{form}").stat().st_size > 0
+    figures = {path.stem for path in (folder / "results/figures").glob("*.png")}
+    assert {"data_scale", "accuracy_fractals", "learning_curves_fractals", "grid_tuned", "teachers"} <= figures
+    assert {path.stem for path in (folder / "results/figures").glob("*.svg")} == figures
+    headline = (folder / "results/headline.md").read_text().strip()
+    assert headline in (folder / "README.md").read_text()
+    assert headline in printed
+    assert "No committed verdicts" in printed
+
+
+def test_logs_have_one_line_per_epoch(done: tuple[Path, str]) -> None:
+    _, printed = done
+    lines = [line for line in project.trained(printed) if line.startswith("small_weak seed 0 ")]
+    assert [re.search(r"epoch (\d+)/8", line)[1] for line in lines] == [str(epoch) for epoch in range(1, 9)]  # type: ignore[index]
+
+
+def test_executed_notebooks_hold_their_outputs_and_nothing_volatile(done: tuple[Path, str]) -> None:
+    folder, _ = done
+    found = sorted(path.name for path in (folder / "runs/notebooks").iterdir())
+    assert found == ["data.fractals.ipynb", "distill.large_strong.ipynb", "distill.small_weak.ipynb", "distill.tuned.ipynb", "tables.ipynb", "teacher.small.ipynb"]
+    notebook = json.loads((folder / "runs/notebooks/distill.small_weak.ipynb").read_text())
+    assert any(output["output_type"] == "display_data" for cell in notebook["cells"] for output in cell.get("outputs", []))
+    assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
+
+
+def test_again_runs_nothing_and_reproduces_every_verdict(done: tuple[Path, str]) -> None:
+    folder, _ = done
+    project.commit(folder, "results")
+    printed = project.study(folder)
+    assert project.stages(printed) == []
+    count = len(pd.read_csv(folder / "results/verdicts.csv"))
+    assert f"This machine reproduced {count} of the {count} committed verdicts." in printed
+    assert project.run(folder, "git", "status", "--short") == ""
+
+
+def test_saving_a_notebook_runs_nothing_but_its_copy(done: tuple[Path, str]) -> None:
+    folder, _ = done
+    path = folder / "notebooks/3_distill.ipynb"
+    before = path.read_text()
+    notebook = json.loads(before)
+    code = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+    code["outputs"], code["execution_count"] = [{"output_type": "stream", "name": "stdout", "text": ["hi"]}], 3
+    path.write_text(json.dumps(notebook))
+    assert project.stages(project.dvc(folder, "repro")) == ["notebook@3_distill"]
+    path.write_text(before)
+    assert project.stages(project.dvc(folder, "repro")) in ([], ["notebook@3_distill"])
+
+
+def test_one_methods_parameter_retrains_that_method_and_reverting_trains_nothing(done: tuple[Path, str]) -> None:
+    folder, _ = done
+    before = (folder / "results/runs.csv").read_text()
+    set_param(folder, "methods.dist.beta", 2.0)
+    printed = project.dvc(folder, "repro")
+    lines = project.trained(printed)
+    assert lines, "the edited method was not trained"
+    assert all(" dist " in line and " kd " not in line and " dkd " not in line for line in lines)
+    assert (folder / "results/runs.csv").read_text() != before
+    set_param(folder, "methods.dist.beta", 1.0)
+    assert project.trained(project.dvc(folder, "repro")) == []
+    assert (folder / "results/runs.csv").read_text() == before
+
+
+def test_editing_the_report_trains_nothing(done: tuple[Path, str]) -> None:
+    folder, _ = done
+    path = folder / "kdlib/tables/render.py"
+    before = path.read_text()
+    path.write_text(before + "\nSPARE = 1\n")
+    assert project.stages(project.dvc(folder, "repro"))[0] == "tables"
+    path.write_text(before)
+    project.dvc(folder, "repro")
+
+
+@pytest.mark.long
+def test_temporary_experiments_reuse_the_other_runs(done: tuple[Path, str]) -> None:
+    folder, _ = done
+    project.run(folder, "git", "checkout", "-q", ".")
+    before = (folder / "results/runs.csv").read_text()
+    printed = project.dvc(folder, "exp", "run", "--temp", "-n", "trial", "-S", "methods.dist.gamma=3")
+    lines = project.trained(printed)
+    assert lines and all(" dist " in line and " kd " not in line for line in lines)
+    assert (folder / "results/runs.csv").read_text() == before
+    shown = project.dvc(folder, "exp", "show", "--csv")
+    assert "trial" in shown and "methods.dist.gamma" in shown
+    assert "small_weak.dist" in project.dvc(folder, "metrics", "diff", "HEAD", "trial", "--md")
+    project.dvc(folder, "plots", "show", "-o", "build/plots")
+    assert (folder / "build/plots/index.html").is_file()
+
+
+@pytest.mark.long
+def test_a_clone_with_the_cache_pulled_trains_nothing(done: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = done
+    project.run(folder, "git", "checkout", "-q", ".")
+    project.dvc(folder, "repro")
+    project.dvc(folder, "remote", "add", "-f", "-d", "spare", str(tmp_path / "remote"))
+    project.dvc(folder, "push", "--run-cache")
+    clone = tmp_path / "clone"
+    project.run(tmp_path, "git", "clone", "-q", str(folder), str(clone))
+    project.dvc(clone, "remote", "add", "-f", "-d", "spare", str(tmp_path / "remote"))
+    assert project.trained(project.dvc(clone, "repro", "--pull")) == []
+    assert (clone / "results/runs.csv").read_bytes() == (folder / "results/runs.csv").read_bytes()
+    assert (clone / "runs/distill/small_weak/kd/seed_0/weights.safetensors").is_file()
+
+
+@pytest.mark.long
+def test_a_deleted_store_and_an_older_commit_give_the_same_numbers(done: tuple[Path, str]) -> None:
+    folder, _ = done
+    project.run(folder, "git", "checkout", "-q", ".")
+    project.dvc(folder, "repro")
+    before = (folder / "results/runs.csv").read_bytes()
+    shutil.rmtree(folder / ".dvc/kdlib-runs")
+    assert project.trained(project.dvc(folder, "repro", "-f", "distill@small_weak"))
+    assert (folder / "results/runs.csv").read_bytes() == before
+    set_param(folder, "methods.dkd.alpha", 2.0)
+    project.dvc(folder, "repro")
+    project.commit(folder, "another alpha")
+    assert (folder / "results/runs.csv").read_bytes() != before
+    project.run(folder, "git", "checkout", "-q", "HEAD~1")
+    assert project.trained(project.dvc(folder, "repro")) == []
+    assert (folder / "results/runs.csv").read_bytes() == before
+
+
+@pytest.mark.long
+def test_gc_shows_and_frees(done: tuple[Path, str]) -> None:
+    folder, _ = done
+    shown = project.run(folder, "python", "-m", "kdlib.study", "gc")
+    assert "nothing was deleted" in shown
+    project.run(folder, "python", "-m", "kdlib.study", "gc", "--free")
+    assert "not used by runs/: 0 runs" in project.run(folder, "python", "-m", "kdlib.study", "gc")
+    assert project.trained(project.dvc(folder, "repro")) == []
+
+
+@pytest.mark.long
+def test_a_zip_without_git_works(tmp_path: Path) -> None:
+    content = tiny.content()
+    content["comparisons"] = {"large_strong": content["comparisons"]["large_strong"] | {"methods": ["kd", "dkd", "dist"]}}
+    folder = project.copy(tmp_path / "un zipped", content, git=False)
+    project.study(folder)
+    assert "This machine reproduced" in project.study(folder)
+
+
+def test_code_edited_during_a_stage_is_not_recorded(tmp_path: Path) -> None:
+    folder = project.copy(tmp_path / "study", git=False)
+    notebook = json.loads((folder / "notebooks/1_data.ipynb").read_text())
+    notebook["cells"][-1]["source"] = ["from pathlib import Path\n", "Path('params.yaml').write_text(Path('params.yaml').read_text().replace('points: 100', 'points: 101'))"]
+    (folder / "build/nb").mkdir(parents=True)
+    (folder / "build/nb/1_data.ipynb").write_text(json.dumps(notebook))
+    printed = project.run(folder, "python", "-m", "kdlib.notebook", "run", "data@fractals", code=1)
+    assert "data@fractals: code or parameters changed while it ran" in printed
+    assert not (folder / "runs/notebooks").exists()
+
+
+@pytest.mark.parametrize("title", ["data@fractals", "teacher@fractals", "distill@small_weak", "tables"])
+def test_a_stage_depends_on_every_module_that_its_notebook_imports(title: str) -> None:
+    stage = describe(tiny.ROOT, title)
+    notebook = json.loads((tiny.ROOT / "notebooks" / stage.notebook.name).read_text())
+    named: set[str] = set()
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            for node in ast.walk(ast.parse("".join(cell["source"]))):
+                if isinstance(node, ast.ImportFrom):
+                    named |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    modules = provenance.closure(name for name in named if name.startswith("kdlib.") and provenance.path(name).is_file())
+    files = {provenance.path(module).relative_to(tiny.ROOT).as_posix() for module in modules}
+    deps = {dep for dep in stage.deps if dep.startswith("kdlib")}
+    covered = {dep: {file for file in files if file == dep or file.startswith(dep + "/")} for dep in deps}
+    assert files == set().union(*covered.values()), "a module that the notebook imports is not a dep"
+    assert all(covered.values()), f"deps that it does not import: {[dep for dep, found in covered.items() if not found]}"
+
+
+def test_stage_names_do_not_collide() -> None:
+    study = load(tiny.ROOT)
+    listed = [f"{kind}@{name}" for kind, names in (("data", study.data), ("teacher", study.teachers), ("distill", study.comparisons)) for name in names]
+    lock = YAML(typ="safe", pure=True).load((tiny.ROOT / "dvc.lock").read_text())["stages"]
+    assert set(listed) <= set(lock), "dvc.lock was not made from this params.yaml"
+    assert len(listed) == len(set(listed))
