@@ -63,7 +63,8 @@ class Store:
         """Delete one run; False, and nothing done, while a process holds it."""
         try:
             with self._lock(fingerprint).acquire(timeout=0):
-                shutil.rmtree(self.folder / fingerprint)
+                if (self.folder / fingerprint).is_dir():  # not removed by another process just now
+                    shutil.rmtree(self.folder / fingerprint)
         except Timeout:
             return False
         return True
