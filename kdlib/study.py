@@ -1,9 +1,9 @@
 """The study as one command: check, reproduce, show, and say what of the committed verdicts this machine reproduced.
 
-    python -m kdlib.study run       what `make study` does
-    python -m kdlib.study check     params.yaml alone, in seconds
-    python -m kdlib.study readme    the headline between README's markers
-    python -m kdlib.study gc        what store and cache hold; with --free, delete what the present study does not use
+python -m kdlib.study run       what `make study` does
+python -m kdlib.study check     params.yaml alone, in seconds
+python -m kdlib.study readme    the headline between README's markers
+python -m kdlib.study gc        what store and cache hold; with --free, delete what the present study does not use
 """
 
 import argparse
@@ -70,7 +70,9 @@ def gc(root: Path, free: bool) -> None:
     cache = store.folder.parent / "cache"
     print(f"DVC cache   {cache}: {sum(file.stat().st_size for file in cache.rglob('*') if file.is_file()) / 1e6:.1f} MB")
     if not free:
-        print("nothing was deleted: `make gc FREE=1` deletes the unused runs and what the DVC cache holds for neither the workspace nor a commit")
+        print(
+            "nothing was deleted: `make gc FREE=1` deletes the unused runs and what the DVC cache holds for neither the workspace nor a commit"
+        )
         return
     freed = sum(sizes[name] for name in unused if store.remove(name))
     print(f"freed {freed / 1e6:.1f} MB of the run store", flush=True)
@@ -91,7 +93,12 @@ def compare(committed: pd.DataFrame, measured: pd.DataFrame) -> tuple[int, list[
 
 def _report(root: Path, committed: str | None) -> str:
     headline = (root / "results" / "headline.md").read_text("utf-8").strip()
-    lines = ["", headline, "", "Tables: results/tables   figures: results/figures   every run: results/runs.csv   executed notebooks: runs/notebooks"]
+    lines = [
+        "",
+        headline,
+        "",
+        "Tables: results/tables   figures: results/figures   every run: results/runs.csv   executed notebooks: runs/notebooks",
+    ]
     if committed is None:
         return "\n".join([*lines, "No committed verdicts to compare with."])
     before, here = (pd.read_csv(source) for source in (io.StringIO(committed), root / VERDICTS))
@@ -124,7 +131,9 @@ def _without_git(root: Path) -> None:
 
 def _used(root: Path) -> set[str]:
     """Fingerprints of the runs that runs/ was filled from."""
-    return {json.loads(path.read_text("utf-8"))["fingerprint"] for place in (DISTILL, TEACHERS) for path in (root / place).rglob("run.json")}
+    return {
+        json.loads(path.read_text("utf-8"))["fingerprint"] for place in (DISTILL, TEACHERS) for path in (root / place).rglob("run.json")
+    }
 
 
 def main() -> None:

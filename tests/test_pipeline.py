@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from ruamel.yaml import YAML
+
 from kdlib import plan, provenance
 from kdlib.config import load
 from kdlib.notebook import describe
-from ruamel.yaml import YAML
-
 from tests import project, tiny
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(600)]
@@ -54,7 +54,10 @@ def test_every_planned_run_is_a_row_of_the_table(done: tuple[Path, str]) -> None
     assert runs.loc[~runs["trial"], "test_top1"].notna().all()
     assert runs.loc[runs["trial"], "test_top1"].isna().all(), "a trial must not ask the test split"
     assert runs.groupby("comparison")["images_seen"].nunique().max() == 1
-    assert runs.loc[runs["comparison"] == "small_weak", "images_seen"].iloc[0] == runs.loc[runs["comparison"] == "tuned", "images_seen"].iloc[0]
+    assert (
+        runs.loc[runs["comparison"] == "small_weak", "images_seen"].iloc[0]
+        == runs.loc[runs["comparison"] == "tuned", "images_seen"].iloc[0]
+    )
 
 
 def test_the_reader_gets_tables_figures_and_the_readme(done: tuple[Path, str]) -> None:
@@ -80,7 +83,14 @@ def test_logs_have_one_line_per_epoch(done: tuple[Path, str]) -> None:
 def test_executed_notebooks_hold_their_outputs_and_nothing_volatile(done: tuple[Path, str]) -> None:
     folder, _ = done
     found = sorted(path.name for path in (folder / "runs/notebooks").iterdir())
-    assert found == ["data.fractals.ipynb", "distill.large_strong.ipynb", "distill.small_weak.ipynb", "distill.tuned.ipynb", "tables.ipynb", "teacher.small.ipynb"]
+    assert found == [
+        "data.fractals.ipynb",
+        "distill.large_strong.ipynb",
+        "distill.small_weak.ipynb",
+        "distill.tuned.ipynb",
+        "tables.ipynb",
+        "teacher.small.ipynb",
+    ]
     notebook = json.loads((folder / "runs/notebooks/distill.small_weak.ipynb").read_text())
     assert any(output["output_type"] == "display_data" for cell in notebook["cells"] for output in cell.get("outputs", []))
     assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
@@ -204,7 +214,10 @@ def test_a_zip_without_git_works(tmp_path: Path) -> None:
 def test_code_edited_during_a_stage_is_not_recorded(tmp_path: Path) -> None:
     folder = project.copy(tmp_path / "study", git=False)
     notebook = json.loads((folder / "notebooks/1_data.ipynb").read_text())
-    notebook["cells"][-1]["source"] = ["from pathlib import Path\n", "Path('params.yaml').write_text(Path('params.yaml').read_text().replace('points: 100', 'points: 101'))"]
+    notebook["cells"][-1]["source"] = [
+        "from pathlib import Path\n",
+        "Path('params.yaml').write_text(Path('params.yaml').read_text().replace('points: 100', 'points: 101'))",
+    ]
     (folder / "build/nb").mkdir(parents=True)
     (folder / "build/nb/1_data.ipynb").write_text(json.dumps(notebook))
     printed = project.run(folder, "python", "-m", "kdlib.notebook", "run", "data@fractals", code=1)
@@ -232,7 +245,11 @@ def test_a_stage_depends_on_every_module_that_its_notebook_imports(title: str) -
 
 def test_stage_names_do_not_collide() -> None:
     study = load(tiny.ROOT)
-    listed = [f"{kind}@{name}" for kind, names in (("data", study.data), ("teacher", study.teachers), ("distill", study.comparisons)) for name in names]
+    listed = [
+        f"{kind}@{name}"
+        for kind, names in (("data", study.data), ("teacher", study.teachers), ("distill", study.comparisons))
+        for name in names
+    ]
     lock = YAML(typ="safe", pure=True).load((tiny.ROOT / "dvc.lock").read_text())["stages"]
     assert set(listed) <= set(lock), "dvc.lock was not made from this params.yaml"
     assert len(listed) == len(set(listed))

@@ -58,7 +58,9 @@ _CONTENT: dict[str, Any] = {
             "hflip": 0.5,
         }
     },
-    "teachers": {"small": {"data": "fractals", "model": "kd_resnet8_w8_s1", "recipe": "weak", "seed": 0, "checkpoint": None, "min_top1": 0.0}},
+    "teachers": {
+        "small": {"data": "fractals", "model": "kd_resnet8_w8_s1", "recipe": "weak", "seed": 0, "checkpoint": None, "min_top1": 0.0}
+    },
     "recipes": {"weak": _PLAIN, "strong": _STRONG},
     "methods": {
         "no_kd": {"hard_weight": 1.0},
