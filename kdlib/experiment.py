@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat, SupportsInt
 
 import numpy as np
 import torch
@@ -137,7 +137,7 @@ class Experiment:
         return folders
 
     @full_disk_refused()
-    def try_method(self, comparison: str, method: str, seed: int, **parameters: float) -> Path:
+    def try_method(self, comparison: str, method: str, seed: SupportsInt, **parameters: SupportsFloat) -> Path:
         """Train one method of a comparison with some of its parameters changed; the folder of the run in the store.
 
         The same functions as the pipeline's; runs/ and results/ stay as they are, and the same call again costs nothing.

@@ -128,7 +128,8 @@ def disagreements(data: DataSet, answers: pd.DataFrame, columns: int = 6) -> Fig
     teacher, student = differ["teacher"] == differ["label"], differ["student"] == differ["label"]
     ways = {"only the\nteacher\nis right": teacher, "only the\nstudent\nis right": student, "both are\nwrong": ~teacher & ~student}
     kinds = {name: differ[which] for name, which in ways.items() if which.any()}
-    figure, axes = plt.subplots(max(1, len(kinds)), columns, figsize=(1.85 * columns + 0.8, 2.35 * len(kinds) + 0.5), squeeze=False)
+    height = max(1, len(kinds))  # a title alone when they never differ
+    figure, axes = plt.subplots(height, columns, figsize=(1.85 * columns + 0.8, 2.35 * height + 0.5), squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.set_frame_on(False)
