@@ -10,7 +10,7 @@ import pytest
 
 from kdlib.config import Refused
 
-FORM = re.compile(r"params\.yaml: (?P<key>.+?): found (?P<found>.+?); allowed: (?P<allowed>.+); (?P<do>.+)")
+FORM = re.compile(r"(params\.yaml: )?(?P<key>.+?): found (?P<found>.+?); allowed: (?P<allowed>.+); (?P<do>.+)")
 
 
 @contextmanager
