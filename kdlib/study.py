@@ -7,6 +7,7 @@ python -m kdlib.study gc        what store and cache hold; with --free, delete w
 """
 
 import argparse
+import fcntl
 import io
 import json
 import subprocess
@@ -14,8 +15,6 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock, Timeout
-
 from kdlib import config, tables
 from kdlib.config import Refused
 from kdlib.results import DISTILL, TEACHERS, write_text
@@ -37,16 +36,17 @@ def run(root: Path) -> None:
     """`dvc repro`, one study at a time in a folder; then the headline and the comparison with the committed verdicts."""
     check(root)
     (root / ".state").mkdir(exist_ok=True)
-    lock = FileLock(root / ".state" / "study.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print("another study runs in this folder: waiting for it to end", file=sys.stderr, flush=True)
-        lock.acquire()
-    with lock:
+    with (root / ".state" / "study.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another study runs in this folder: waiting for it to end", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         _without_git(root)
         committed = _committed(root)
-        if subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, check=False).returncode:
+        # dvc inherits the lock: when this process alone is killed, the next one waits for the dvc that is still at work
+        done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, check=False, pass_fds=[lock.fileno()])
+        if done.returncode:
             raise Refused("the study stopped, for the reason above; what is finished is kept, and the same command goes on from there")
         print(_report(root, committed))
 
@@ -70,9 +70,7 @@ def gc(root: Path, free: bool) -> None:
     cache = store.folder.parent / "cache"
     print(f"DVC cache   {cache}: {sum(file.stat().st_size for file in cache.rglob('*') if file.is_file()) / 1e6:.1f} MB")
     if not free:
-        print(
-            "nothing was deleted: `make gc FREE=1` deletes the unused runs and what the DVC cache holds for neither the workspace nor a commit"
-        )
+        print("nothing was deleted: `make gc FREE=1` deletes unused runs, and what DVC caches for neither the workspace nor a commit")
         return
     freed = sum(sizes[name] for name in unused if store.remove(name))
     print(f"freed {freed / 1e6:.1f} MB of the run store", flush=True)
@@ -81,13 +79,11 @@ def gc(root: Path, free: bool) -> None:
 
 def compare(committed: pd.DataFrame, measured: pd.DataFrame) -> tuple[int, list[str]]:
     """How many of the committed verdicts were reproduced, and one line for each that was not. Frames as tables.verdicts gives them."""
-    keys = [name for name in ("question", "comparison", "method", "baseline") if name in committed]
+    keys = ["question", "comparison", "method", "baseline"]
     joined = committed.merge(measured, on=keys, how="left", suffixes=("", "_here"))
-    same = joined["verdict"] == joined["verdict_here"]
-    lines = [
-        f"  {' '.join(str(row[key]) for key in keys)}: committed {row['verdict']}, here {row['verdict_here'] if isinstance(row['verdict_here'], str) else 'not measured'}"
-        for _, row in joined[~same].iterrows()
-    ]
+    here = joined["verdict_here"].fillna("not measured")
+    same = joined["verdict"] == here
+    lines = [f"  {' '.join(row[key] for key in keys)}: committed {row['verdict']}, here {here[i]}" for i, row in joined[~same].iterrows()]
     return int(same.sum()), lines
 
 

@@ -25,7 +25,7 @@ class SmallResNet(nn.Module):
     ``drop_path_rate`` grows linearly over the blocks, as in timm.
     """
 
-    def __init__(  # noqa: PLR0913 (timm's builder passes these by name)
+    def __init__(  # noqa: PLR0913, PLR0917 (timm's builder passes these by name)
         self,
         blocks: int,
         width: int,
