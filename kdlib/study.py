@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+
 from kdlib import config, tables
 from kdlib.config import Refused
 from kdlib.results import DISTILL, TEACHERS, write_text
@@ -81,10 +82,10 @@ def compare(committed: pd.DataFrame, measured: pd.DataFrame) -> tuple[int, list[
     """How many of the committed verdicts were reproduced, and one line for each that was not. Frames as tables.verdicts gives them."""
     keys = ["question", "comparison", "method", "baseline"]
     joined = committed.merge(measured, on=keys, how="left", suffixes=("", "_here"))
-    here = joined["verdict_here"].fillna("not measured")
-    same = joined["verdict"] == here
-    lines = [f"  {' '.join(row[key] for key in keys)}: committed {row['verdict']}, here {here[i]}" for i, row in joined[~same].iterrows()]
-    return int(same.sum()), lines
+    rows = joined.fillna({"verdict_here": "not measured"}).to_dict("records")
+    others = [row for row in rows if row["verdict"] != row["verdict_here"]]
+    lines = [f"  {' '.join(row[key] for key in keys)}: committed {row['verdict']}, here {row['verdict_here']}" for row in others]
+    return len(rows) - len(others), lines
 
 
 def _report(root: Path, committed: str | None) -> str:
