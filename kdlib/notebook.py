@@ -99,7 +99,7 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
             parameters={"name": stage.name} if stage.name else {},
             kernel_name="python3",
             progress_bar=False,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it would warn that the kernel listens on this machine, in each stage
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it warns of its sockets and reports the end of the run as an error
             log_output=True,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
