@@ -16,7 +16,7 @@ import psutil
 import torch
 
 HERE = Path(__file__).parent
-SAMPLE_SECONDS = 0.5
+SAMPLE_SECONDS = 2.0  # reading proportional set sizes costs milliseconds of a core that the study wants
 
 
 def watched(command: list[str], folder: Path) -> tuple[float, float]:
