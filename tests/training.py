@@ -128,7 +128,7 @@ def children() -> Any:
 
 
 def start(do: Callable[..., None], *given: Any) -> Any:
-    process = children().Process(target=do, args=given)
+    process = children().Process(target=do, args=given, daemon=True)  # a test that fails leaves nobody behind
     process.start()
     return process
 
