@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kdlib import experiment
+from kdlib.checks import check_against_data
 from kdlib.experiment import Diverged, Experiment
 from kdlib.losses import METHODS
 from kdlib.models import build
@@ -256,6 +257,8 @@ def test_a_batch_larger_than_the_fraction_is_refused_before_the_teacher_is_train
     for call in calls:
         with untouched(root), refused("recipes.weak.batch_size", "found 49", "at most the 48 training images of comparisons.small_weak"):
             call()
+    whole = change(tiny.content(), "recipes.weak.batch_size", 48)
+    check_against_data(opened(root, whole).study, study.data("fractals"))  # all of them at once are allowed
 
 
 @pytest.mark.usefixtures("no_training")
