@@ -5,7 +5,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -57,7 +57,7 @@ class Store:
         """Bytes on disk for each fingerprint."""
         if not self.folder.is_dir():
             return {}
-        return {run.name: sum(file.stat().st_size for file in run.iterdir()) for run in sorted(self.folder.iterdir()) if run.is_dir()}
+        return {run.name: size(run) for run in sorted(self.folder.iterdir()) if run.is_dir()}
 
     def remove(self, fingerprint: str) -> bool:
         """Delete one run; False, and nothing done, while a process holds it."""
@@ -75,10 +75,23 @@ class Store:
         return FileLock(self.folder / f"{fingerprint}.lock")
 
 
-def beside_dvc_cache(root: Path) -> Path:
-    """Where the store of the project at ``root`` lies: next to the DVC cache, wherever DVC's configuration puts that."""
+def size(folder: Path) -> int:
+    """Bytes of all files below a folder; a file that vanishes meanwhile counts nothing."""
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
+
+
+def dvc_cache(root: Path) -> Path:
+    """The DVC cache of the project at ``root``, wherever its configuration (.dvc/config, .dvc/config.local) puts that."""
     project = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), root)
     found = configparser.ConfigParser(interpolation=None)
     found.read([project / ".dvc" / "config", project / ".dvc" / "config.local"], encoding="utf-8")
-    cache = Path(found.get("cache", "dir", fallback="cache").strip("'\"")).expanduser()
-    return (project / ".dvc" / cache).resolve().parent / "kdlib-runs"
+    return (project / ".dvc" / Path(found.get("cache", "dir", fallback="cache").strip("'\"")).expanduser()).resolve()
+
+
+def beside_dvc_cache(root: Path) -> Path:
+    """Where the store of the project at ``root`` lies."""
+    return dvc_cache(root).parent / "kdlib-runs"

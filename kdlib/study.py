@@ -12,6 +12,8 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +21,7 @@ import pandas as pd
 from kdlib import config, tables
 from kdlib.config import Refused
 from kdlib.results import DISTILL, TEACHERS, write_text
-from kdlib.store import Store, beside_dvc_cache
+from kdlib.store import Store, beside_dvc_cache, dvc_cache, size
 
 VERDICTS = "results/verdicts.csv"
 SHIPPED = ".state/shipped_verdicts.csv"  # without git: the verdicts that came with the files
@@ -36,6 +38,19 @@ def check(root: Path) -> None:
 def run(root: Path) -> None:
     """`dvc repro`, one study at a time in a folder; then the headline and the comparison with the committed verdicts."""
     check(root)
+    with _alone(root) as lock:
+        _without_git(root)
+        committed = _committed(root)
+        # dvc inherits the lock: when this process alone is killed, the next one waits for the dvc that is still at work
+        done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, check=False, pass_fds=[lock])
+        if done.returncode:
+            raise Refused("the study stopped, for the reason above; what is finished is kept, and the same command goes on from there")
+        print(_report(root, committed))
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[int]:
+    """Wait until no other study runs in this folder. Gives the descriptor of the lock, which a child process can hold on to."""
     (root / ".state").mkdir(exist_ok=True)
     with (root / ".state" / "study.lock").open("w") as lock:
         try:
@@ -43,13 +58,7 @@ def run(root: Path) -> None:
         except BlockingIOError:
             print("another study runs in this folder: waiting for it to end", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        _without_git(root)
-        committed = _committed(root)
-        # dvc inherits the lock: when this process alone is killed, the next one waits for the dvc that is still at work
-        done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, check=False, pass_fds=[lock.fileno()])
-        if done.returncode:
-            raise Refused("the study stopped, for the reason above; what is finished is kept, and the same command goes on from there")
-        print(_report(root, committed))
+        yield lock.fileno()
 
 
 def readme(root: Path) -> None:
@@ -68,14 +77,15 @@ def gc(root: Path, free: bool) -> None:
     unused = [name for name in sizes if name not in used]
     print(f"run store   {store.folder}: {len(sizes)} runs, {sum(sizes.values()) / 1e6:.1f} MB")
     print(f"            not used by runs/: {len(unused)} runs, {sum(sizes[name] for name in unused) / 1e6:.1f} MB")
-    cache = store.folder.parent / "cache"
-    print(f"DVC cache   {cache}: {sum(file.stat().st_size for file in cache.rglob('*') if file.is_file()) / 1e6:.1f} MB")
+    print(f"DVC cache   {dvc_cache(root)}: {size(dvc_cache(root)) / 1e6:.1f} MB")
     if not free:
         print("nothing was deleted: `make gc FREE=1` deletes unused runs, and what DVC caches for neither the workspace nor a commit")
         return
-    freed = sum(sizes[name] for name in unused if store.remove(name))
-    print(f"freed {freed / 1e6:.1f} MB of the run store", flush=True)
-    subprocess.run([sys.executable, "-m", "dvc", "gc", "--workspace", "--all-commits", "--force"], cwd=root, check=False)
+    with _alone(root):  # a run is finished a moment before runs/ has it
+        used = _used(root)
+        freed = sum(bytes_ for name, bytes_ in store.sizes().items() if name not in used and store.remove(name))
+        print(f"freed {freed / 1e6:.1f} MB of the run store", flush=True)
+        subprocess.run([sys.executable, "-m", "dvc", "gc", "--workspace", "--all-commits", "--force"], cwd=root, check=False)
 
 
 def compare(committed: pd.DataFrame, measured: pd.DataFrame) -> tuple[int, list[str]]:

@@ -2,15 +2,19 @@
 
 import ast
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from kdlib import plan, provenance
+from kdlib import plan, provenance, results
 from kdlib.config import load
 from kdlib.notebook import describe
 from tests import project, tiny
@@ -200,6 +204,59 @@ def test_gc_shows_and_frees(done: tuple[Path, str]) -> None:
     project.run(folder, "python", "-m", "kdlib.study", "gc", "--free")
     assert "not used by runs/: 0 runs" in project.run(folder, "python", "-m", "kdlib.study", "gc")
     assert project.trained(project.dvc(folder, "repro")) == []
+
+
+def same_results(folder: Path, undisturbed: Path) -> None:
+    """Every run's numbers and weights are the undisturbed study's, byte for byte."""
+    for run in plan.expected(load(folder)):
+        for name in ("metrics.json", "curve.csv", "weights.safetensors"):
+            here, there = (results.run_folder(place, run) / name for place in (folder, undisturbed))
+            assert here.read_bytes() == there.read_bytes(), (run, name)
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    """`make study` in a process group of its own."""
+    command = [sys.executable, "-m", "kdlib.study", "run"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=project.environment(), start_new_session=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def read_until(study: subprocess.Popen[str], text: str) -> None:
+    """Read what it prints until a line holds the text."""
+    assert study.stdout is not None
+    assert any(text in line for line in study.stdout), f"ended without {text!r}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = project.copy(tmp_path_factory.mktemp("undisturbed") / "study")
+    project.study(folder)
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", ["teacher small  epoch 3", "small_weak seed 1  epoch 4", "tuned seed 7  epoch 2"])
+def test_a_killed_study_goes_on_to_the_same_bytes(moment: str, undisturbed: Path, tmp_path: Path) -> None:
+    folder = project.copy(tmp_path / "study")
+    study = start(folder)
+    read_until(study, moment)
+    os.killpg(study.pid, signal.SIGKILL)
+    study.communicate()
+    project.study(folder)
+    same_results(folder, undisturbed)
+
+
+@pytest.mark.long
+def test_an_orphaned_study_and_two_at_once_end_as_one_does(undisturbed: Path, tmp_path: Path) -> None:
+    folder = project.copy(tmp_path / "study")
+    orphaned = start(folder)
+    read_until(orphaned, "small_weak seed 0  epoch 2")
+    orphaned.kill()  # the command alone: its dvc works on
+    first, second = start(folder), start(folder)
+    printed = [study.communicate()[0] for study in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], printed
+    assert all("another study runs in this folder" in text for text in printed)
+    same_results(folder, undisturbed)
 
 
 @pytest.mark.long
