@@ -100,6 +100,7 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
             kernel_name="python3",
             progress_bar=False,
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it warns of its sockets and reports the end of the run as an error
+            shutdown_kernel="immediate",  # its files are whole when its last cell ends; taking torch apart would cost 1 s per stage
             log_output=True,
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
