@@ -73,7 +73,7 @@ def _refused_for_size(name: str, size: int) -> Iterator[None]:
     """What a model raises when it is made for, or given, images of a size that it cannot take, as a refusal."""
     try:
         yield
-    except _UNFIT as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(
             f"found {name!r} with images of {size} px; allowed: a size that it takes; choose another model or size ({reason})"
