@@ -1,10 +1,12 @@
 """What the study costs: time and memory from a clean clone, of a no-op, and of one notebook stage.
 
-    python benchmarks/default_study.py [FOLDER]     FOLDER: a clean clone to run in (default: here)
+    python benchmarks/default_study.py study [FOLDER]     FOLDER: a clean clone to run in (default: here)
+    python benchmarks/default_study.py stages [FOLDER]    FOLDER: one in which the study is finished
 
-Writes default_study.md beside this file. Run it on an idle machine: with other work on the cores every figure is another machine's.
+Writes results/default_study.json and default_study.md beside this file. Run it on an idle machine: with other work on the cores every figure is another machine's.
 """
 
+import json
 import os
 import platform
 import subprocess
@@ -55,29 +57,53 @@ def timed(command: list[str], folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else ".").resolve()
-    load = os.getloadavg()[0]
+def study(folder: Path) -> dict[str, str]:
+    """From a clean clone to the tables."""
     seconds, gigabytes = watched([sys.executable, "-m", "kdlib.study", "run"], folder)
-    idle = [timed([sys.executable, "-m", "dvc", "repro"], folder) for _ in range(3)]
-    # a teacher that the store holds: kernel, imports, measuring nothing, writing the executed notebook
+    return {
+        "default study from a clean clone, all stages (at most 15 min)": f"{seconds / 60:.1f} min",
+        "memory of all its processes together, peak (at most 4 GB)": f"{gigabytes:.2f} GB",
+    }
+
+
+def stages(folder: Path) -> dict[str, str]:
+    """In a finished study: what DVC and a notebook cost by themselves."""
+    idle = [timed([sys.executable, "-m", "dvc", "repro"], folder) for _ in range(5)]
     title = next(path.stem.replace(".", "@") for path in sorted((folder / "runs/notebooks").glob("teacher.*.ipynb")))
-    overhead = [timed([sys.executable, "-m", "kdlib.notebook", "run", title], folder) for _ in range(3)]
-    rows = [
-        ("default study from a clean clone, all stages", f"{seconds / 60:.1f} min", "15 min"),
-        ("memory of all its processes together, peak", f"{gigabytes:.2f} GB", "4 GB"),
-        ("`dvc repro` with nothing to do, median of 3", f"{sorted(idle)[1]:.1f} s", "5 s"),
-        ("one notebook stage whose work is done already (kernel, imports), median of 3", f"{sorted(overhead)[1]:.1f} s", "6 s"),
+    overhead = [timed([sys.executable, "-m", "kdlib.notebook", "run", title], folder) for _ in range(5)]
+    return {
+        "`dvc repro` with nothing to do, median of 5 (at most 5 s)": f"{sorted(idle)[2]:.1f} s",
+        "a notebook stage whose work is done already: kernel, imports; median of 5 (at most 6 s)": f"{sorted(overhead)[2]:.1f} s",
+    }
+
+
+def main() -> None:
+    part, folder = {"study": study, "stages": stages}[sys.argv[1]], Path(sys.argv[2] if len(sys.argv) > 2 else ".").resolve()
+    machine = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU used, {torch.get_num_threads()} threads",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "load before": round(os.getloadavg()[0], 2),
+        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=folder, text=True).strip(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    path = HERE / "results" / "default_study.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    found[sys.argv[1]] = {"rows": part(folder), **machine}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    lines = [
+        "# What the default study costs",
+        "",
+        "Written by `python benchmarks/default_study.py`. Installation is apart. No test asserts a time.",
+        "",
     ]
-    table = "\n".join(f"| {what} | {found} | {limit} |" for what, found, limit in rows)
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} cores, no GPU used, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, load {load:.2f} before the start, {time.strftime('%Y-%m-%d', time.gmtime())}"
-    )
-    (HERE / "default_study.md").write_text(
-        f"# What the default study costs\n\nWritten by `python benchmarks/default_study.py` on: {machine}.\n\n"
-        f"| what | measured | promised |\n|---|---|---|\n{table}\n\nInstallation is apart. No test asserts a time.\n"
-    )
+    lines += ["| what | measured | on |", "|---|---|---|"]
+    for measured in found.values():
+        place = ", ".join(
+            f"load {value} before" if key == "load before" else str(value) for key, value in measured.items() if key != "rows"
+        )
+        lines += [f"| {what} | {value} | {place} |" for what, value in measured["rows"].items()]
+    (HERE / "default_study.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
