@@ -3,7 +3,8 @@
     python benchmarks/default_study.py study [FOLDER]     FOLDER: a clean clone to run in (default: here)
     python benchmarks/default_study.py stages [FOLDER]    FOLDER: one in which the study is finished
 
-Writes results/default_study.json and default_study.md beside this file. Run it on an idle machine: with other work on the cores every figure is another machine's.
+Writes results/default_study.json and default_study.md beside this file.
+Run it on an idle machine: with other work on the cores every figure is another machine's.
 """
 
 import json
