@@ -41,10 +41,11 @@ def run(root: Path) -> None:
     with _alone(root) as lock:
         _without_git(root)
         committed = _committed(root)
-        # dvc inherits the lock: when this process alone is killed, the next one waits for the dvc that is still at work
-        done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=root, check=False, pass_fds=[lock])
-        if done.returncode:
-            raise Refused("the study stopped, for the reason above; what is finished is kept, and the same command goes on from there")
+        for stages in (["data"], []):  # all data first: a folder that is missing is found before any teacher is trained
+            # dvc inherits the lock: when this process alone is killed, the next one waits for the dvc that is still at work
+            done = subprocess.run([sys.executable, "-m", "dvc", "repro", *stages], cwd=root, check=False, pass_fds=[lock])
+            if done.returncode:
+                raise Refused("the study stopped, for the reason above; what is finished is kept, and the same command goes on from there")
         print(_report(root, committed))
 
 
