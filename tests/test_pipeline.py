@@ -254,6 +254,7 @@ def test_an_orphaned_study_and_two_at_once_end_as_one_does(undisturbed: Path, tm
     orphaned.kill()  # the command alone: its dvc works on
     first, second = start(folder), start(folder)
     printed = [study.communicate()[0] for study in (first, second)]
+    orphaned.communicate()  # not earlier: closing its pipe would end the dvc that writes to it
     assert [first.returncode, second.returncode] == [0, 0], printed
     assert all("another study runs in this folder" in text for text in printed)
     same_results(folder, undisturbed)
