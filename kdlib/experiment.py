@@ -1,7 +1,6 @@
 """Assembles one stage of the study from its names: the only place that knows data sets, models, methods and recipes by name."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from kdlib.models import Classifier, build
 from kdlib.models.loading import load_checkpoint
 from kdlib.plan import TUNED, Variant, methods_of, trials_of
 from kdlib.provenance import code_fingerprint, fingerprint
-from kdlib.results import TEACHERS, full_disk_refused, run_folder, write_json
+from kdlib.results import TEACHERS, full_disk_refused, read_json, run_folder, write_json
 from kdlib.store import Store, beside_dvc_cache
 from kdlib.train.run import Job, Setting, train, write_measured
 from kdlib.train.teacher import Teacher
@@ -91,7 +90,7 @@ class Experiment:
             found = self.store.run(plan.fingerprint)
         else:
             found = self._import_checkpoint(name, data)
-        metrics = _json(found / "metrics.json")
+        metrics = read_json(found / "metrics.json")
         if metrics["status"] != "finished":
             what = f"diverged at step {metrics['diverged_step']}"
             raise refuse(f"teachers.{name}", what, "a teacher whose loss stays finite", metrics["diverged_cause"])
@@ -112,10 +111,7 @@ class Experiment:
         params, path = self.study.teachers[name], self.root / TEACHERS / name / "weights.safetensors"
         if not path.is_file():
             raise refuse(f"teachers.{name}", "no weights", "a teacher that the teacher stage has made", f"run `dvc repro teacher@{name}`")
-        data = self.data(params.data)
-        classifier = build(params.model, data.classes, data.channels, data.size)
-        classifier.net.load_state_dict(load_file(path))
-        return Teacher(classifier.to(self.device)), fingerprint(params.model, _digest(path))
+        return Teacher(self._trained(params.model, params.data, path)), fingerprint(params.model, _digest(path))
 
     # -- distillation ---------------------------------------------------------------------------------------------------------
 
@@ -154,12 +150,15 @@ class Experiment:
     def student(self, comparison: str, folder: Path) -> Classifier:
         """A student with the final weights of a run of this comparison."""
         params = self.study.comparisons[comparison]
-        data = self.data(params.data)
-        classifier = build(params.student, data.classes, data.channels, data.size)
-        classifier.net.load_state_dict(load_file(folder / "weights.safetensors"))
-        return classifier.to(self.device).eval()
+        return self._trained(params.student, params.data, folder / "weights.safetensors").eval()
 
     # -- inside ---------------------------------------------------------------------------------------------------------------
+
+    def _trained(self, model: str, data_name: str, weights: Path) -> Classifier:
+        data = self.data(data_name)
+        classifier = build(model, data.classes, data.channels, data.size)
+        classifier.net.load_state_dict(load_file(weights))
+        return classifier.to(self.device)
 
     def _run(self, name: str, variants: list[Variant], seed: int) -> list[Planned]:
         comparison = self.study.comparisons[name]
@@ -191,7 +190,7 @@ class Experiment:
                 train(setting, jobs, save_seconds=self.study.study.checkpoint_seconds)
         if self.study.study.on_divergence == "fail":
             for plan in plans:
-                _require_finished(f"{setting.title}: {plan.variant.name}", _json(self.store.run(plan.fingerprint) / "metrics.json"))
+                _require_finished(f"{setting.title}: {plan.variant.name}", read_json(self.store.run(plan.fingerprint) / "metrics.json"))
 
     def _fingerprint(self, setting: Setting, teacher: str | None, method: str, parameters: Mapping[str, float], trial: bool) -> str:
         described = {
@@ -244,7 +243,7 @@ class Experiment:
         trials = trials_of(comparison, self.study)
         for method in comparison.sweep.grids:
             scored = [
-                (_json(run_folder(self.root, (name, v.name, comparison.sweep.seed)) / "metrics.json").get("val_top1", -1.0), v)
+                (read_json(run_folder(self.root, (name, v.name, comparison.sweep.seed)) / "metrics.json").get("val_top1", -1.0), v)
                 for v in trials
                 if v.method == method
             ]
@@ -278,8 +277,3 @@ def _require_finished(title: str, metrics: dict[str, Any]) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return content

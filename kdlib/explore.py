@@ -9,8 +9,8 @@ from kdlib import config, plan, results
 from kdlib.config import Refused
 from kdlib.experiment import Experiment
 from kdlib.train.measure import predict
+from kdlib.train.run import EVALUATION_BATCH
 
-BATCH = 512  # images at a time
 _KEYS = ["comparison", "variant", "seed"]
 
 
@@ -42,7 +42,7 @@ def answers(experiment: Experiment, comparison: str, folder: Path, split: str = 
     frame = pd.DataFrame({"label": images.labels})
     models = {"teacher": experiment.teacher(params.teacher)[0], "student": experiment.student(comparison, folder)}
     for name, model in models.items():
-        logits = predict(model, images.images, BATCH, experiment.device)
+        logits = predict(model, images.images, EVALUATION_BATCH, experiment.device)
         if not logits.isfinite().all():
             raise Refused(f"{folder}: its {name} gives logits that are not finite (it diverged); choose another run")
         frame[name], frame[f"{name}_p"] = _choices(logits)

@@ -75,6 +75,12 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that ``write_json`` wrote."""
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content
+
+
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Atomic, and the same bytes for the same numbers."""
     write_text(path, to_csv(frame))
@@ -104,7 +110,7 @@ def collect(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
     rows = []
     for run in expected:
         folder = run_folder(root, run)
-        row = _json(folder / "run.json") | _json(folder / "metrics.json")
+        row = read_json(folder / "run.json") | read_json(folder / "metrics.json")
         found = (row["comparison"], row["variant"], row["seed"])
         if found != run:
             raise Refused(f"{folder / 'run.json'}: found run {found}; allowed: {run}; the folder was moved: delete it and run `dvc repro`")
@@ -119,12 +125,12 @@ def curves(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
 
 def timing(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
     """timing.json of every expected run (seconds; they differ from run to run and nothing may depend on them)."""
-    return _join(root, expected, lambda folder: pd.DataFrame([_json(folder / "timing.json")]))
+    return _join(root, expected, lambda folder: pd.DataFrame([read_json(folder / "timing.json")]))
 
 
 def teachers(root: Path, names: Iterable[str]) -> pd.DataFrame:
     """metrics.json of every named teacher, one row each. Raises ``Refused`` when one is missing."""
-    return _join_teachers(root, names, lambda folder: pd.DataFrame([_json(folder / "metrics.json")]))
+    return _join_teachers(root, names, lambda folder: pd.DataFrame([read_json(folder / "metrics.json")]))
 
 
 def teacher_curves(root: Path, names: Iterable[str]) -> pd.DataFrame:
@@ -167,7 +173,3 @@ def _refuse_missing(missing: list[str], of: int) -> None:
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise Refused(f"runs: {len(missing)} of {of} are missing ({shown}); run `dvc repro`")
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8"))

@@ -1,6 +1,5 @@
 """What the stages' notebooks show of one data set, one teacher, one comparison. Figures of the whole study are in plots.py."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kdlib.data.splits import DataSet
+from kdlib.results import MEASURES, read_json
 
 
 def facts(data: DataSet) -> pd.Series:
@@ -71,8 +71,8 @@ def metrics(named: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 def runs(folders: Iterable[Path]) -> pd.DataFrame:
     """One row per run: name, seed, status and the measures of its last epoch, shares in [0, 1]."""
-    rows = [_read(folder / "run.json") | _read(folder / "metrics.json") for folder in folders]
-    measured = [f"test_{name}" for name in ("top1", "top5", "nll", "ece", "agreement", "teacher_kl")]
+    rows = [read_json(folder / "run.json") | read_json(folder / "metrics.json") for folder in folders]
+    measured = [f"test_{name}" for name in MEASURES]
     wanted = ["variant", "seed", "status", "diverged_cause", "val_top1", *measured]
     return pd.DataFrame(rows).reindex(columns=wanted).dropna(axis=1, how="all").round(4)
 
@@ -103,7 +103,7 @@ def curves(named: Mapping[str, Path]) -> Figure:
 
 def run(folder: Path) -> pd.DataFrame:
     """All that a run says of itself: what it was, then what came of it (shares in [0, 1], nats; validation split / test split)."""
-    found = _read(folder / "run.json") | _read(folder / "metrics.json")
+    found = read_json(folder / "run.json") | read_json(folder / "metrics.json")
     names = [key.removeprefix("val_") for key in found if key.startswith("val_")]
     pairs = {name: " / ".join(f"{found[key]:.4f}" for key in (f"val_{name}", f"test_{name}") if key in found) for name in names}
     facts = {key: _short(value) for key, value in found.items() if value is not None and not key.startswith(("val_", "test_"))}
@@ -114,7 +114,7 @@ def measures(named: Mapping[str, Path], split: str = "val") -> pd.DataFrame:
     """One row for each named run: how it ended, its training loss in the last epoch, and its measures on a split."""
     rows = {}
     for name, folder in named.items():
-        found = _read(folder / "metrics.json")
+        found = read_json(folder / "metrics.json")
         loss = pd.read_csv(folder / "curve.csv")["loss"].iloc[-1:]
         of_split = {key.removeprefix(f"{split}_"): value for key, value in found.items() if key.startswith(f"{split}_")}
         rows[name] = {"status": found["status"], "training loss": next(iter(loss), None)} | of_split
@@ -156,11 +156,6 @@ def by_class(data: DataSet, answers: pd.DataFrame) -> pd.DataFrame:
 
 def _splits(data: DataSet) -> dict[str, Any]:
     return {"train": data.train, "val": data.val, "test": data.test}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return content
 
 
 def _short(value: Any) -> str:

@@ -9,7 +9,6 @@ python -m kdlib.study gc        what store and cache hold; with --free, delete w
 import argparse
 import fcntl
 import io
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import pandas as pd
 
 from kdlib import config, tables
 from kdlib.config import Refused
-from kdlib.results import DISTILL, TEACHERS, write_text
+from kdlib.results import DISTILL, TEACHERS, read_json, write_text
 from kdlib.store import Store, beside_dvc_cache, dvc_cache, size
 
 VERDICTS = "results/verdicts.csv"
@@ -139,9 +138,7 @@ def _without_git(root: Path) -> None:
 
 def _used(root: Path) -> set[str]:
     """Fingerprints of the runs that runs/ was filled from."""
-    return {
-        json.loads(path.read_text("utf-8"))["fingerprint"] for place in (DISTILL, TEACHERS) for path in (root / place).rglob("run.json")
-    }
+    return {read_json(path)["fingerprint"] for place in (DISTILL, TEACHERS) for path in (root / place).rglob("run.json")}
 
 
 def main() -> None:
