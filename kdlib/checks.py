@@ -8,11 +8,12 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
 from torch import nn
 
-from kdlib.config import FILE, Comparison, DataSource, Recipe, Refused, Study, known, refuse
+from kdlib.config import FILE, DataSource, Recipe, Refused, Study, known, refuse
 from kdlib.data.splits import DataSet, subset
 from kdlib.losses import METHODS
 from kdlib.models import build
-from kdlib.plan import trials_of
+from kdlib.plan import methods_of, trials_of
+from kdlib.types import OutputShape
 
 Shape = tuple[int, int, int]  # classes, channels, size in pixels
 
@@ -59,40 +60,54 @@ def check_against_data(study: Study, data: DataSet) -> None:
 
 def _check_users(study: Study, data: str, shape: Shape) -> None:
     """Models and methods that learn from a data set of this shape."""
+    classes, channels, size = shape
+    teachers: dict[str, OutputShape] = {}
     for name, teacher in study.teachers.items():
         if teacher.data == data:
             drop_path = 0.0 if teacher.checkpoint else study.recipes[teacher.recipe].drop_path
-            _check_model(f"teachers.{name}.model", teacher.model, shape, drop_path)
+            looks_at = (classes, channels, teacher.size or size)
+            teachers[name] = _check_model(f"teachers.{name}.model", teacher.model, looks_at, drop_path)
     for name, comparison in study.comparisons.items():
         if comparison.data == data:
-            _check_model(f"comparisons.{name}.student", comparison.student, shape, study.recipes[comparison.recipe].drop_path)
-            _check_classes(f"comparisons.{name}", comparison, shape[0])
+            drop_path = study.recipes[comparison.recipe].drop_path
+            student = _check_model(f"comparisons.{name}.student", comparison.student, shape, drop_path)
+            _check_methods(study, name, student, teachers[comparison.teacher])
 
 
-def _check_model(key: str, name: str, shape: Shape, drop_path: float) -> None:
-    fault = _fault(name, *shape, drop_path)
-    if fault:
-        raise Refused(f"{FILE}: {key}: {fault}")
+def _check_model(key: str, name: str, shape: Shape, drop_path: float) -> OutputShape:
+    found = _answers(name, *shape, drop_path)
+    if isinstance(found, str):
+        raise Refused(f"{FILE}: {key}: {found}")
+    return found
 
 
 @cache  # many comparisons share a student, and a large model takes seconds to build
-def _fault(name: str, classes: int, channels: int, size: int, drop_path: float) -> str | None:
-    """Why a model cannot be had, as "found ...; allowed: ...; what to do"."""
+def _answers(name: str, classes: int, channels: int, size: int, drop_path: float) -> OutputShape | str:
+    """The shape of a model's answers, or why it cannot be had, as "found ...; allowed: ...; what to do"."""
     try:
-        build(name, classes, channels, size, drop_path)
+        return build(name, classes, channels, size, drop_path).shape
     except ValueError as error:
         return " ".join(str(error).split())
-    return None
 
 
-def _check_classes(key: str, comparison: Comparison, classes: int) -> None:
-    grids = comparison.sweep.grids if comparison.sweep else {}
-    for place, methods in ((f"{key}.methods", comparison.methods), (f"{key}.sweep.grids", list(grids))):
-        for method in methods:
-            least = METHODS[method].min_classes
-            if classes < least:
-                found = f"{method} for the {classes} classes of {comparison.data}"
-                raise refuse(place, found, f"{method} for {least} classes or more", "remove it, or choose other data")
+def _check_methods(study: Study, name: str, student: OutputShape, teacher: OutputShape) -> None:
+    """Every method of a comparison can learn from this teacher with this student under this recipe."""
+    comparison, key = study.comparisons[name], f"comparisons.{name}"
+    recipe = study.recipes[comparison.recipe]
+    variants = {f"{key}.methods": methods_of(comparison, study), f"{key}.sweep.grids": trials_of(comparison, study)}
+    for place, variant in ((place, variant) for place, found in variants.items() for variant in found):
+        method = METHODS[variant.method](**variant.parameters)
+        if recipe.hard_loss == "none" and not method.asks_teacher:
+            found, do = f"{variant.method} with recipe {comparison.recipe!r}, whose hard_loss is none", "remove it, or choose ce or bce"
+            raise refuse(place, found, "a method that asks the teacher", do)
+        if method.unmixed and (recipe.mixup_alpha or recipe.cutmix_alpha):
+            found = f"{variant.method} with recipe {comparison.recipe!r}, which mixes every image"
+            do = "remove it, or set mixup_alpha and cutmix_alpha to 0 (it learns from unmixed images alone)"
+            raise refuse(place, found, f"{variant.method} under a recipe that does not mix", do)
+        try:
+            method.adapt(student, teacher, torch.zeros(2, dtype=torch.int64))
+        except ValueError as error:
+            raise Refused(f"{FILE}: {place}: {variant.method}: {error}") from error
 
 
 def _check_optimizer(key: str, recipe: Recipe) -> None:

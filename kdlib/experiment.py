@@ -80,7 +80,9 @@ class Experiment:
         recipe = self.study.recipes[params.recipe]
         index = np.arange(len(data.train.labels))
         if params.checkpoint is None:
-            setting = Setting(data, index, params.model, None, recipe, params.seed, self.device, f"teacher {name}")
+            setting = Setting(
+                data, index, params.model, params.size or data.size, None, recipe, params.seed, self.device, f"teacher {name}"
+            )
             plan = Planned(
                 Variant(PLAIN, PLAIN, {"hard_weight": 1.0}),
                 params.seed,
@@ -111,7 +113,7 @@ class Experiment:
         params, path = self.study.teachers[name], self.root / TEACHERS / name / "weights.safetensors"
         if not path.is_file():
             raise refuse(f"teachers.{name}", "no weights", "a teacher that the teacher stage has made", f"run `dvc repro teacher@{name}`")
-        return Teacher(self._trained(params.model, params.data, path)), fingerprint(params.model, _digest(path))
+        return Teacher(self._trained(params.model, params.data, params.size, path)), fingerprint(params.model, params.size, _digest(path))
 
     # -- distillation ---------------------------------------------------------------------------------------------------------
 
@@ -150,13 +152,13 @@ class Experiment:
     def student(self, comparison: str, folder: Path) -> Classifier:
         """A student with the final weights of a run of this comparison."""
         params = self.study.comparisons[comparison]
-        return self._trained(params.student, params.data, folder / "weights.safetensors").eval()
+        return self._trained(params.student, params.data, None, folder / "weights.safetensors").eval()
 
     # -- inside ---------------------------------------------------------------------------------------------------------------
 
-    def _trained(self, model: str, data_name: str, weights: Path) -> Classifier:
+    def _trained(self, model: str, data_name: str, size: int | None, weights: Path) -> Classifier:
         data = self.data(data_name)
-        classifier = build(model, data.classes, data.channels, data.size)
+        classifier = build(model, data.classes, data.channels, size or data.size)
         classifier.net.load_state_dict(load_file(weights))
         return classifier.to(self.device)
 
@@ -167,6 +169,7 @@ class Experiment:
             data,
             subset(data.train.labels, comparison.fraction, seed),
             comparison.student,
+            data.size,
             teacher,
             self.study.recipes[comparison.recipe],
             seed,
@@ -199,6 +202,7 @@ class Experiment:
             "images": hashlib.sha256(setting.index.tobytes()).hexdigest(),
             "teacher": teacher,
             "student": setting.student,
+            "size": setting.size,
             "recipe": setting.recipe.model_dump(),
             "method": method,
             "parameters": dict(sorted(parameters.items())),
@@ -253,8 +257,9 @@ class Experiment:
     def _import_checkpoint(self, name: str, data: DataSet) -> Path:
         """A checkpoint from elsewhere as a finished run of the store: measured, and in our weights' format."""
         params = self.study.teachers[name]
-        classifier = load_checkpoint(f"teachers.{name}.checkpoint", self.root / str(params.checkpoint), params.model, data).to(self.device)
-        folder = self.store.run(fingerprint("checkpoint", _digest(self.root / str(params.checkpoint)), params.model, data.fingerprint))
+        path, size = self.root / str(params.checkpoint), params.size or data.size
+        classifier = load_checkpoint(f"teachers.{name}.checkpoint", path, params.model, data, size).to(self.device)
+        folder = self.store.run(fingerprint("checkpoint", _digest(path), params.model, size, data.fingerprint))
         try:
             write_measured(folder, classifier, data, self.device)
         except FloatingPointError as error:

@@ -99,7 +99,7 @@ class Recipe(Part):
     learning_rate: Positive
     weight_decay: NonNegative
     warmup: Annotated[float, Field(ge=0, lt=1)]  # share of all steps, linear from 0; then a cosine to 0
-    hard_loss: Literal["ce", "bce"]
+    hard_loss: Literal["ce", "bce", "none"]  # none: the teacher alone, whatever hard_weight says
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     drop_path: Annotated[float, Field(ge=0, lt=1)]
     crop_padding: Share  # shifts by up to this share of the image side
@@ -114,6 +114,7 @@ class Teacher(Part):
 
     data: str
     model: str
+    size: Pixels | None  # of the images that it looks at, which are resized to it; null: as the data set has them
     recipe: str
     seed: Seed
     checkpoint: str | None  # a .safetensors or .pth file of this model; null trains it

@@ -1,13 +1,28 @@
 """What flows between the layers."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Images = Float[Tensor, "batch channels height width"]  # in [0, 1], not normalised: each model normalises for itself
 Logits = Float[Tensor, "batch classes"]
+Embedding = Float[Tensor, "batch features"]
+Maps = tuple[Float[Tensor, "batch _ _ _"], ...]  # of a model's stages, from the image to the head: channels and sizes differ
 Terms = dict[str, Float[Tensor, ""]]  # named loss terms; their sum is the loss
+
+
+class Part(StrEnum):
+    """What a method may ask a model for. Logits come with every answer: after the rest they cost next to nothing."""
+
+    LOGITS = "logits"
+    EMBEDDING = "embedding"
+    MAPS = "maps"
+    PREACTIVATIONS = "preactivations"
+
+
+Asks = frozenset[Part]  # empty: the model is not asked at all
 
 
 @dataclass(frozen=True)
@@ -17,11 +32,24 @@ class Batch:
     images: Images
     targets: Float[Tensor, "batch classes"]  # the hard label, as probabilities: soft when images are mixed
     labels: Int[Tensor, " batch"]  # the class with the largest share of each (mixed) image
-    index: Int[Tensor, " batch"]  # which training sample each image came from, before mixing
+    index: Int[Tensor, " batch"]  # which of the run's training images each came from, before mixing
+    mixed: Bool[Tensor, " batch"]  # whether another image has a share in it
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a model says about a batch."""
+    """What a model says about a batch: its logits, and of the rest what it was asked for."""
 
     logits: Logits
+    embedding: Embedding | None = None  # pooled: what the classifier reads
+    maps: Maps | None = None  # the stages' outputs, as the next stage reads them
+    preactivations: Maps | None = None  # the same before the activation that ends a stage; equal where none does
+
+
+@dataclass(frozen=True)
+class OutputShape:
+    """What a model's ``Output`` for one image looks like; what it cannot give is 0 or empty."""
+
+    classes: int
+    embedding: int  # features
+    maps: tuple[tuple[int, int, int], ...]  # channels, height, width of each stage; the preactivations have the same

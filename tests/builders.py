@@ -50,7 +50,7 @@ ACCURACY = {
 
 def study(**changes: Any) -> config.Study:
     """Two scales, two recipes, one sweep; ``changes`` replace keys of the section ``study``."""
-    teacher = {"data": "digits", "model": "net", "recipe": "weak", "seed": 0, "checkpoint": None, "min_top1": 0.5}
+    teacher = {"data": "digits", "model": "net", "size": None, "recipe": "weak", "seed": 0, "checkpoint": None, "min_top1": 0.5}
     place = {"data": "digits", "teacher": "big", "student": "net", "sweep": None}
     comparisons = {
         f"{size}_{recipe}": {**place, "fraction": fraction, "recipe": recipe, "methods": list(METHODS)}

@@ -10,60 +10,50 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 from kdlib.losses import HARD, METHODS, Method
 from kdlib.types import Batch, Output, Terms
 from tests import references
+from tests.toys import (
+    HALFWAY,
+    TEACHER,
+    Case,
+    asked,
+    assemble,
+    compute,
+    convert,
+    distillation,
+    draw,
+    expect,
+    fresh,
+    gradients,
+    make,
+    parameters,
+    reorder,
+    reorder_batch,
+    require_grad,
+    tensors,
+    total,
+)
 
 NAMES = sorted(METHODS)
 every_method = pytest.mark.parametrize("name", NAMES)
 
 
-def parameters(name: str) -> dict[str, float]:
-    """A different number, none of them 1, for each parameter: one that is ignored or confused shows."""
-    return {key: 0.5 + 0.75 * i for i, key in enumerate(inspect.signature(METHODS[name]).parameters)}
-
-
-def make_batch(labels: Tensor, classes: int) -> Batch:
-    targets = torch.full((len(labels), classes), 0.3 / classes).scatter_(1, labels[:, None], 0.7 + 0.3 / classes)
-    return Batch(torch.zeros(len(labels), 1, 8, 8), targets, labels, torch.arange(len(labels)))
-
-
-def draw(std: float = 2.0, dtype: torch.dtype = torch.float32, *, batch: int = 12, classes: int = 7) -> tuple[Tensor, Tensor, Batch]:
-    """Logits of a student and of a teacher that it resembles, with given standard deviation; labels are often the teacher's answer."""
-    generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(3, batch, classes, generator=generator, dtype=torch.float64)
-    teacher = std * normal[0]
-    student = std * (0.6 * normal[0] + 0.8 * normal[1])
-    labels = (teacher + std * normal[2]).argmax(dim=1)
-    return student.to(dtype), teacher.to(dtype), make_batch(labels, classes)
-
-
-def compute(method: nn.Module, student: Tensor, teacher: Tensor, batch: Batch) -> Terms:
-    terms: Terms = method(Output(student), Output(teacher), batch, HARD["ce"](student, batch.targets))
-    return terms
-
-
-def distillation(terms: Terms) -> list[Tensor]:
-    return [value for name, value in terms.items() if name != "hard"]
-
-
-def expect(name: str, student: Tensor, teacher: Tensor, batch: Batch) -> dict[str, float]:
-    """The reference's terms for the numbers that these tensors hold."""
-    z_s, z_t, targets = (tensor.double().numpy() for tensor in (student, teacher, batch.targets))
-    return references.REFERENCES[name](z_s, z_t, batch.labels.numpy(), references.ce(z_s, targets), **parameters(name))
+def holds(name: str, claim: str) -> bool:
+    return claim in references.of(name).HOLDS
 
 
 @every_method
 @pytest.mark.parametrize("std", [0.1, 1.0, 4.0, 10.0])
 def test_equals_its_reference(name: str, std: float) -> None:
-    assert name in references.REFERENCES, f"write {name} from its paper into tests/references.py"
-    method = METHODS[name](**parameters(name))
     for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
-        student, teacher, batch = draw(std, dtype)
-        terms, expected = compute(method, student, teacher, batch), expect(name, student, teacher, batch)
+        method = make(name).to(dtype)
+        case = draw(std, dtype)
+        expected = expect(name, method, *case)
+        terms = compute(method, *case)
         assert list(terms) == list(expected)
         for key, value in expected.items():
             assert terms[key].item() == pytest.approx(value, rel=rtol, abs=rtol), key
@@ -71,51 +61,74 @@ def test_equals_its_reference(name: str, std: float) -> None:
 
 @every_method
 def test_gradient_equals_finite_differences(name: str) -> None:
-    method = METHODS[name](**parameters(name))
-    student, teacher, batch = draw(dtype=torch.float64, batch=4, classes=5)
-    torch.autograd.gradcheck(lambda z: tuple(compute(method, z, teacher, batch).values()), student.requires_grad_())
+    """With respect to all that the student says and to the method's own parameters."""
+    method = make(name).double()
+    student, teacher, batch = draw(dtype=torch.float64, batch=4)
+    said, answers = asked(student, method.asks_student), asked(teacher, method.asks_teacher)
+    names = [key for key, _ in method.named_parameters()]
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in [*tensors(said), *method.parameters()]]
+
+    def function(*given: Tensor) -> tuple[Tensor, ...]:
+        outputs, own = given[: len(given) - len(names)], dict(zip(names, given[len(given) - len(names) :], strict=True))
+        call = (assemble(said, list(outputs)), answers, batch, HARD["ce"], torch.tensor(HALFWAY).double())
+        terms: Terms = torch.func.functional_call(fresh(method), own, call)
+        return tuple(terms.values())
+
+    torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
-def extremes() -> Iterator[tuple[Tensor, Tensor, Batch]]:
-    """Logits that a model may give when it is very sure, undecided, or says the same of every image."""
+def extremes() -> Iterator[Case]:
+    """What a model may say when it is very sure, undecided, or says the same of every image."""
     for std in (40.0, 1e3, 1e4):
         yield draw(std)
     student, teacher, batch = draw()
     sure = 1e4 * F.one_hot(batch.labels, 7).float()
-    same = teacher[:1].expand_as(teacher)
-    for a in (student, sure, -sure, same, torch.zeros_like(student), 1e4 * same):
-        for b in (teacher, sure, same, torch.zeros_like(teacher)):
-            yield a.clone(), b.clone(), batch
+    variants = [_with(student, student.logits), _with(student, sure), _with(student, -sure), _same(student), _scaled(student, 0.0)]
+    answers = [_with(teacher, teacher.logits), _with(teacher, sure), _same(teacher), _scaled(teacher, 0.0), _scaled(teacher, 1e4)]
+    for a in variants:
+        for b in answers:
+            yield a, b, batch
+
+
+def _with(output: Output, logits: Tensor) -> Output:
+    return Output(logits.clone(), output.embedding, output.maps, output.preactivations)
+
+
+def _same(output: Output) -> Output:
+    return assemble(output, [tensor[:1].expand_as(tensor).clone() for tensor in tensors(output)])
+
+
+def _scaled(output: Output, factor: float) -> Output:
+    return assemble(output, [factor * tensor for tensor in tensors(output)])
 
 
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_finite_in_fp32_for_extreme_logits(name: str, dtype: torch.dtype) -> None:
-    method = METHODS[name](**parameters(name))
+def test_finite_in_fp32_for_extreme_answers(name: str, dtype: torch.dtype) -> None:
     for student, teacher, batch in extremes():
-        z = student.to(dtype).requires_grad_()
-        terms = compute(method, z, teacher.to(dtype), batch)
-        assert all(value.dtype == torch.float32 and value.isfinite() and value > -1e-5 for value in terms.values()), terms
-        sum(terms.values(), start=torch.zeros(())).backward()
-        assert z.grad is not None
-        assert z.grad.isfinite().all()
+        method = make(name)
+        said = require_grad(convert(student, dtype))
+        terms = compute(method, said, convert(teacher, dtype), batch)
+        assert all(value.dtype == torch.float32 and value.isfinite() for value in terms.values()), terms
+        total(terms).backward()
+        for gradient in gradients(said, method):
+            assert gradient is None or gradient.isfinite().all()
 
 
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_lose_nothing_more(name: str, dtype: torch.dtype) -> None:
-    method = METHODS[name](**parameters(name))
+def test_half_precision_answers_lose_nothing_more(name: str, dtype: torch.dtype) -> None:
     student, teacher, batch = draw(dtype=dtype)
-    assert compute(method, student, teacher, batch) == compute(method, student.float(), teacher.float(), batch)
+    half = compute(make(name), student, teacher, batch)
+    assert half == compute(make(name), convert(student, torch.float32), convert(teacher, torch.float32), batch)
 
 
 @every_method
 def test_fp32_under_autocast(name: str) -> None:
-    method = METHODS[name](**parameters(name))
-    student, teacher, batch = draw()
-    plain = compute(method, student, teacher, batch)
+    case = draw()
+    plain = compute(make(name), *case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = compute(method, student, teacher, batch)
+        cast = compute(make(name), *case)
     assert cast == plain
     assert all(value.dtype == torch.float32 for value in cast.values())
 
@@ -126,83 +139,159 @@ def test_a_matrix_product_in_a_method_stays_fp32_under_autocast() -> None:
             return {"gram": (student.logits @ teacher.logits.T).mean()}
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert compute(Gram(hard_weight=1.0), *draw())["gram"].dtype == torch.float32
+        assert compute(Gram(hard_weight=1.0, weight=1.0), *draw())["gram"].dtype == torch.float32
 
 
 @every_method
 def test_nothing_to_learn_from_a_teacher_that_says_the_same(name: str) -> None:
-    method = METHODS[name](**parameters(name))
-    _, teacher, batch = draw(dtype=torch.float64)
-    student = teacher.clone().requires_grad_()
-    for value in distillation(compute(method, student, teacher, batch)):
-        assert value.item() == pytest.approx(0, abs=1e-12)
-        (gradient,) = torch.autograd.grad(value, student, retain_graph=True)
-        assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+    method = make(name, TEACHER, TEACHER).double()
+    student, teacher, batch = draw(dtype=torch.float64, same=True)
+    said = require_grad(student)
+    terms = distillation(compute(method, said, teacher, batch))
+    total({str(i): value for i, value in enumerate(terms)}).double().backward() if terms else None
+    sizes = [value.abs().item() for value in terms] + [leaf.grad.abs().max().item() for leaf in tensors(said) if leaf.grad is not None]
+    assert (max(sizes, default=0.0) < 1e-10) == holds(name, "zero_at_teacher")
 
 
 @every_method
-def test_a_constant_added_to_an_images_logits_changes_nothing(name: str) -> None:
-    method = METHODS[name](**parameters(name))
+def test_a_constant_added_to_an_images_logits(name: str) -> None:
     student, teacher, batch = draw(dtype=torch.float64)
-    shift = torch.linspace(-30, 30, len(student), dtype=torch.float64)[:, None]
-    assert_close(compute(method, student + shift, teacher - 2 * shift, batch), compute(method, student, teacher, batch))
+    shift = torch.linspace(-30, 30, len(batch.labels), dtype=torch.float64)[:, None]
+    before = compute(make(name).double(), student, teacher, batch)
+    shifted = (_with(student, student.logits + shift), _with(teacher, teacher.logits - 2 * shift))
+    assert _close(compute(make(name).double(), *shifted, batch), before) == holds(name, "shift_invariant")
 
 
 @every_method
-def test_order_of_the_batch_changes_nothing(name: str) -> None:
-    method = METHODS[name](**parameters(name))
+def test_order_of_the_batch(name: str) -> None:
     student, teacher, batch = draw(dtype=torch.float64)
-    order = torch.randperm(len(student), generator=torch.Generator().manual_seed(1))
-    shuffled = Batch(batch.images[order], batch.targets[order], batch.labels[order], batch.index[order])
-    assert_close(compute(method, student[order], teacher[order], shuffled), compute(method, student, teacher, batch))
+    order = torch.randperm(len(batch.labels), generator=torch.Generator().manual_seed(1))
+    shuffled = reorder(student, order), reorder(teacher, order), reorder_batch(batch, order)
+    before = compute(make(name).double(), student, teacher, batch)
+    assert _close(compute(make(name).double(), *shuffled), before) == holds(name, "order_invariant")
+
+
+def _close(a: Terms, b: Terms) -> bool:
+    return all(torch.allclose(a[key], b[key], rtol=1e-9, atol=1e-12) for key in b)
 
 
 @every_method
 def test_every_parameter_changes_a_term(name: str) -> None:
-    student, teacher, batch = draw(dtype=torch.float64)
-    before = compute(METHODS[name](**parameters(name)), student, teacher, batch)
+    case = draw(dtype=torch.float64)
+    before = compute(make(name).double(), *case)
     for key, value in parameters(name).items():
-        after = compute(METHODS[name](**parameters(name) | {key: 1.5 * value}), student, teacher, batch)
+        other = references.of(name).CHOSEN.get(f"{key}:other", 1.2 * value)
+        after = compute(make(name, **{key: other}).double(), *case)
         assert any(not math.isclose(before[term].item(), after[term].item(), rel_tol=1e-3) for term in before), key
 
 
 @every_method
-def test_teacher_gets_no_gradient(name: str) -> None:
+def test_warm_up_grows_linearly_and_ends(name: str) -> None:
+    case = draw(dtype=torch.float64)
+    warmup = parameters(name).get("warmup")
+    whole = compute(make(name).double(), *case, progress=1.0)
+    for progress in (1e-3, 0.4, 0.8, 0.9):
+        part = compute(make(name).double(), *case, progress=progress)
+        factor = min(1.0, progress / warmup) if warmup else 1.0
+        for key, value in whole.items():
+            assert part[key].item() == pytest.approx(value.item() * (1.0 if key == "hard" else factor), rel=1e-9)
+    if warmup:
+        off = compute(make(name, warmup=0.0).double(), *case, progress=1e-3)
+        assert_close(off, whole)
+
+
+@every_method
+def test_own_parameters_get_a_gradient_and_the_teacher_none(name: str) -> None:
     student, teacher, batch = draw()
-    teacher.requires_grad_()
-    terms = compute(METHODS[name](**parameters(name)), student.requires_grad_(), teacher, batch)
-    sum(terms.values(), start=torch.zeros(())).backward()
-    assert teacher.grad is None
-    assert student.grad is not None
+    said, answers, method = require_grad(student), require_grad(teacher), make(name)
+    total(compute(method, said, answers, batch)).backward()
+    assert all(leaf.grad is None for leaf in tensors(answers))
+    assert any(leaf.grad is not None and leaf.grad.abs().max() > 0 for leaf in tensors(said))
+    for key, parameter in method.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().max() > 0, key
 
 
-def compile_every_method() -> None:
+@every_method
+def test_says_what_it_looks_at(name: str) -> None:
+    """Asked parts of the student get a gradient: a method that asks for what it does not use costs a pass for nothing."""
+    student, teacher, batch = draw()
+    method = make(name)
+    said = require_grad(student)
+    terms = distillation(compute(method, said, teacher, batch))
+    if terms:
+        total({str(i): value for i, value in enumerate(terms)}).backward()
+        for part in method.asks_student:
+            asked_for = getattr(said, part.value)
+            leaves = asked_for if isinstance(asked_for, tuple) else (asked_for,)
+            assert any(leaf.grad is not None and leaf.grad.abs().max() > 0 for leaf in leaves) or part == "logits", part
+    assert METHODS[name].equation
+
+
+def compile_methods(backend: str, names: list[str]) -> None:
     """Values and gradients of hard loss and method compiled into one graph, against those of the plain ones."""
-    for name in NAMES:
+    for name in names:
         student, teacher, batch = draw()
-        method = METHODS[name](**parameters(name))
         results = []
-        for function in (compute, torch.compile(compute, backend="aot_eager", fullgraph=True)):
-            z = student.clone().requires_grad_()
-            terms = function(method, z, teacher, batch)
-            sum(terms.values(), start=torch.zeros(())).backward()
-            results.append((terms, z.grad))
-        assert_close(results[1], results[0])
+        for function in (compute, torch.compile(compute, backend=backend, fullgraph=True)):
+            torch._dynamo.reset()
+            method, said = make(name), require_grad(student)
+            terms = function(method, said, teacher, batch)
+            total(terms).backward()
+            results.append((terms, gradients(said, method)))
+        assert_close(results[1], results[0], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def run_compiled(backend: str) -> None:
+    """In a process of its own: torch.compile cannot look through the shape checks that are switched on here."""
+    command = f"from tests.test_losses import NAMES, compile_methods; compile_methods({backend!r}, NAMES)"
+    subprocess.run([sys.executable, "-W", "error", "-c", command], cwd=Path(__file__).parents[1], check=True)
 
 
 def test_compiles() -> None:
-    """In a process of its own: torch.compile cannot look through the shape checks that are switched on here."""
-    command = "from tests.test_losses import compile_every_method; compile_every_method()"
-    subprocess.run([sys.executable, "-W", "error", "-c", command], cwd=Path(__file__).parents[1], check=True, timeout=200)
+    run_compiled("aot_eager")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_compiles_by_inductor() -> None:
+    run_compiled("inductor")
 
 
 @every_method
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
 def test_refuses_a_bad_parameter_and_says_which(name: str, bad: float) -> None:
     for key in parameters(name):
-        with pytest.raises(ValueError, match=rf"^{key}: found {bad:g}; allowed: a number >=? 0$"):
+        with pytest.raises(ValueError, match=rf"^{key}: found {bad:g}; allowed: a (whole )?number "):
             METHODS[name](**parameters(name) | {key: bad})
 
 
+@every_method
+def test_a_batch_of_one(name: str) -> None:
+    """Refused where images are compared with each other; otherwise a loss like any other."""
+    method, case = make(name), draw(batch=1)
+    if method.relational:
+        with pytest.raises(ValueError, match=r"^found a batch of 1 image; allowed: 2 or more"):
+            compute(method, *case)
+    else:
+        assert all(value.isfinite() for value in compute(method, *case).values())
+
+
+@every_method
+@pytest.mark.parametrize("label", [-1, 7])
+def test_refuses_a_label_that_is_no_class(name: str, label: int) -> None:
+    student, teacher, batch = draw()
+    batch.labels[3] = label
+    with pytest.raises(RuntimeError, match="a label lies outside of the classes"):
+        compute(make(name), student, teacher, batch)
+
+
+@every_method
+def test_parameters_are_keywords_that_params_yaml_can_give(name: str) -> None:
+    given = inspect.signature(METHODS[name]).parameters.values()
+    assert all(one.kind is inspect.Parameter.KEYWORD_ONLY and one.default is inspect.Parameter.empty for one in given)
+
+
 def test_references_are_for_registered_methods_only() -> None:
-    assert sorted(references.REFERENCES) == NAMES
+    files = {path.stem for path in Path(references.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "common"} == set(NAMES)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdlib.train import measure as module
 from kdlib.train.measure import Measures, calibration_error, measure, predict, to_images
 from kdlib.types import Output
-from tests import references
+from tests.references import common as references
 
 CPU = torch.device("cpu")
 

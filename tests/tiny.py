@@ -59,7 +59,15 @@ _CONTENT: dict[str, Any] = {
         }
     },
     "teachers": {
-        "small": {"data": "fractals", "model": "kd_resnet8_w8_s1", "recipe": "weak", "seed": 0, "checkpoint": None, "min_top1": 0.0}
+        "small": {
+            "data": "fractals",
+            "model": "kd_resnet8_w8_s1",
+            "size": None,
+            "recipe": "weak",
+            "seed": 0,
+            "checkpoint": None,
+            "min_top1": 0.0,
+        }
     },
     "recipes": {"weak": _PLAIN, "strong": _STRONG},
     "methods": {

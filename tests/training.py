@@ -98,7 +98,7 @@ def teacher(seed: int = 5) -> Teacher:
 def setting(seed: int = 0, index: np.ndarray | None = None, taught_by: Teacher | None = None, **changes: Any) -> Setting:
     data = load(prepared() / "runs" / "data" / "fractals")
     index = np.arange(0, 96, 2) if index is None else index
-    return Setting(data, index, NET, taught_by or teacher(), recipe(**changes), seed, CPU, "test")
+    return Setting(data, index, NET, data.size, taught_by or teacher(), recipe(**changes), seed, CPU, "test")
 
 
 def method(name: str) -> Callable[[], Method]:

@@ -39,7 +39,8 @@ class ViewStream:
 
     def batch(self, step: int) -> Batch:
         """The views of one step, from 0: float32 in [0, 1], channels_last."""
-        rows = self.rows(step)
+        places = self.places(step)
+        rows = np.asarray(self.index[places], np.int64)
         rng = generator(self.seed, "views", step)
         levels = torch.from_numpy(np.asarray(self.images[rows])).to(self.device)
         height, width = levels.shape[1:3]
@@ -47,20 +48,22 @@ class ViewStream:
         levels = randaugment.apply(levels, randaugment.draw(rng, self.recipe.randaugment, len(rows)))
         mix = mixing.draw(rng, self.recipe, height, width)
         labels = torch.from_numpy(np.asarray(self.labels[rows], np.int64)).to(self.device)
+        mixed = torch.full((len(rows),), mix.share != 1, device=self.device)
         return Batch(
             images=mixing.images(levels.permute(0, 3, 1, 2).float().div_(255), mix),
             targets=mixing.targets(labels, self.classes, self.recipe.label_smoothing, mix),
             labels=mixing.majority(labels, mix),
-            index=torch.from_numpy(rows).to(self.device),
+            index=torch.from_numpy(places).to(self.device),
+            mixed=mixed,
         )
 
-    def rows(self, step: int) -> Int[np.ndarray, " batch"]:
-        """Which samples (rows of ``images``) the batch of this step holds. From two passes where it runs on from one into the next."""
+    def places(self, step: int) -> Int[np.ndarray, " batch"]:
+        """Which entries of ``index`` the batch of this step holds. From two passes where it runs on from one into the next."""
         size, subset = self.recipe.batch_size, len(self.index)
         places = np.arange(step * size, (step + 1) * size)
         first = step * size // subset
         orders = np.concatenate([self._order(epoch) for epoch in range(first, self.epoch(step) + 1)])
-        return np.asarray(self.index[orders[places - first * subset]], np.int64)
+        return np.asarray(orders[places - first * subset], np.int64)
 
     def epoch(self, step: int) -> int:
         """The pass, from 0, in which the last view of this step lies."""

@@ -1,14 +1,16 @@
 """What holds for every method: full precision, a teacher without gradient, the hard label's weight, checked parameters."""
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kdlib.types import Batch, Output, Terms
+from kdlib.types import Asks, Batch, Logits, Output, OutputShape, Part, Terms
+
+HardLoss = Callable[[Logits, Float[Tensor, "batch classes"]], Float[Tensor, ""]]
 
 
 def positive(name: str, value: float) -> float:
@@ -25,6 +27,20 @@ def non_negative(name: str, value: float) -> float:
     raise ValueError(f"{name}: found {value:g}; allowed: a number >= 0")
 
 
+def share(name: str, value: float) -> float:
+    """``value`` if 0 <= it <= 1. Raises ValueError."""
+    if 0 <= value <= 1:
+        return value
+    raise ValueError(f"{name}: found {value:g}; allowed: a number in [0, 1]")
+
+
+def count(name: str, value: float) -> int:
+    """``value`` as an integer if it is a whole number >= 1 (params.yaml gives every parameter as a number). Raises ValueError."""
+    if math.isfinite(value) and value >= 1 and value == int(value):
+        return int(value)
+    raise ValueError(f"{name}: found {value:g}; allowed: a whole number >= 1")
+
+
 def full(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """fp16 and bf16 become fp32; fp32 and fp64 stay what they are, so that gradients can be checked against finite differences."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
@@ -33,26 +49,50 @@ def full(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 class Method(nn.Module):
     """A way to learn from a teacher: turns what student and teacher say about a batch into named, weighted loss terms.
 
-    A subclass takes its hyper-parameters as keywords, named as in params.yaml, and implements ``distill``.
+    A subclass takes its hyper-parameters as keywords, named as in params.yaml, says what it asks of the two models, and implements
+    ``distill``. One that trains parameters of its own makes them in ``adapt``.
     """
 
-    needs_teacher: ClassVar[bool] = True  # whether training by this method alone would cost teacher passes
-    min_classes: ClassVar[int] = 2  # of a data set that it can learn from
+    asks_student: ClassVar[Asks] = frozenset({Part.LOGITS})
+    asks_teacher: ClassVar[Asks] = frozenset({Part.LOGITS})  # empty: training by this method alone costs no teacher pass
+    relational: ClassVar[bool] = False  # compares the images of a batch with each other: a per-device loss, for two images or more
+    unmixed: ClassVar[bool] = False  # learns from unmixed images alone
+    equation: ClassVar[str]  # LaTeX, in the notation of notebooks/methods.ipynb
 
-    def __init__(self, *, hard_weight: float) -> None:
+    def __init__(self, *, hard_weight: float, weight: float, warmup: float = 0.0) -> None:
         super().__init__()
         self.hard_weight = non_negative("hard_weight", hard_weight)
+        self.weight = non_negative("weight", weight)
+        self.warmup = share("warmup", warmup)
 
-    def forward(self, student: Output, teacher: Output, batch: Batch, hard: Float[Tensor, ""]) -> Terms:
-        """All terms of the loss, already weighted: ``hard`` (given: the loss on the hard label) and the method's own.
+    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:
+        """Make what is sized by the two models or by the training images, whose labels are given; once, before training.
 
-        Whatever autocast surrounds the call, the method computes in fp32 (DIST is NaN in fp16), and nothing flows back to the teacher.
+        Raises ValueError, as "found ...; allowed: ...; what to do", for models that the method cannot learn from.
         """
+
+    def forward(self, student: Output, teacher: Output, batch: Batch, hard: HardLoss | None, progress: Float[Tensor, ""]) -> Terms:
+        """All terms of the loss, already weighted: ``hard``, the loss on the hard label if there is one, and the method's own.
+
+        ``progress``: how much of the training is done, in (0, 1]; the method's own terms grow linearly over the share ``warmup`` of it.
+        Whatever autocast surrounds the call, the method computes in fp32 (DIST is NaN in fp16), and nothing flows back to the teacher.
+        Raises ValueError for a batch of one image if the method is relational, RuntimeError for a label that is no class.
+        """
+        if self.relational and len(batch.labels) < 2:
+            raise ValueError(f"found a batch of 1 image; allowed: 2 or more ({type(self).__name__} compares the images of a batch)")
         with torch.autocast(student.logits.device.type, enabled=False):
-            student = replace(student, logits=full(student.logits))
-            teacher = replace(teacher, logits=full(teacher.logits.detach()))
-            return {"hard": self.hard_weight * hard, **self.distill(student, teacher, batch)}
+            terms = {"hard": self.hard_weight * hard(student.logits, batch.targets)} if hard and self.hard_weight else {}
+            within = (batch.labels >= 0) & (batch.labels < student.logits.shape[1])
+            torch._assert_async(within.all(), "a label lies outside of the classes")  # does not wait for the device
+            own = self.distill(_convert(student, full), _convert(teacher, lambda values: full(values.detach())), batch)
+            scale = self.weight * (progress / self.warmup).clamp(max=1) if self.warmup else self.weight
+            return terms | {name: scale * value for name, value in own.items()}
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
-        """The method's own terms, by name, already weighted. ``teacher`` carries no gradient; both are in fp32 or fp64."""
+        """The method's own terms, by name, before ``weight``. ``teacher`` carries no gradient; both are in fp32 or fp64."""
         raise NotImplementedError
+
+
+def _convert(output: Output, change: Callable[[Tensor], Tensor]) -> Output:
+    maps, before = (None if part is None else tuple(map(change, part)) for part in (output.maps, output.preactivations))
+    return Output(change(output.logits), None if output.embedding is None else change(output.embedding), maps, before)

@@ -42,15 +42,20 @@ def dist(student: Logits, teacher: Logits, tau: float) -> tuple[Float[Tensor, ""
 
 
 class DIST(Method):
-    """``hard_weight * hard + weight * (beta * inter + gamma * intra)``."""
+    """``hard_weight * hard + weight * (beta * inter + gamma * intra)``. The intra term is a per-device loss."""
+
+    relational = True
+    equation = (
+        r"\tau^2 \left[ \beta \left(1 - \tfrac{1}{B} \sum_b \rho(p_{b \cdot}, q_{b \cdot})\right)"
+        r" + \gamma \left(1 - \tfrac{1}{C} \sum_c \rho(p_{\cdot c}, q_{\cdot c})\right) \right]"
+    )
 
     def __init__(self, *, hard_weight: float, weight: float, beta: float, gamma: float, tau: float) -> None:
-        super().__init__(hard_weight=hard_weight)
-        self.weight = non_negative("weight", weight)
+        super().__init__(hard_weight=hard_weight, weight=weight)
         self.beta = non_negative("beta", beta)
         self.gamma = non_negative("gamma", gamma)
         self.tau = positive("tau", tau)
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
         inter, intra = dist(student.logits, teacher.logits, self.tau)
-        return {"inter": self.weight * self.beta * inter, "intra": self.weight * self.gamma * intra}
+        return {"inter": self.beta * inter, "intra": self.gamma * intra}

@@ -1,14 +1,13 @@
 """Decoupled knowledge distillation (Zhao, Cui, Song, Qiu, Liang, CVPR 2022, arXiv 2203.08679)."""
 
-from typing import ClassVar
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kdlib.losses.base import Method, non_negative, positive
 from kdlib.losses.kd import kd
-from kdlib.types import Batch, Logits, Output, Terms
+from kdlib.losses.target import others_needed, others_of
+from kdlib.types import Batch, Logits, Output, OutputShape, Terms
 
 
 def decouple(logits: Logits, labels: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch 2"], Float[Tensor, "batch others"]]:
@@ -17,11 +16,7 @@ def decouple(logits: Logits, labels: Int[Tensor, " batch"]) -> tuple[Float[Tenso
     softmax of the first is (p_y, 1 - p_y), softmax of the second is p without its target, renormalised. Only logits are formed, never
     log(1 - p_y) from p_y, which is -inf in fp32 as soon as the model is sure. Raises ValueError for two classes or fewer.
     """
-    classes = logits.shape[1]
-    if classes < 3:
-        raise ValueError(f"dkd: found {classes} classes; allowed: 3 or more (without the target nothing is left to tell apart); use kd")
-    places = torch.arange(classes - 1, device=logits.device)
-    others = logits.gather(1, places + (places >= labels[:, None]))
+    others = others_of(logits, labels)
     target = logits.gather(1, labels[:, None])
     return torch.cat([target, others.logsumexp(dim=1, keepdim=True)], dim=1), others
 
@@ -38,20 +33,25 @@ def dkd(student: Logits, teacher: Logits, labels: Int[Tensor, " batch"], tempera
 
 
 class DKD(Method):
-    """``hard_weight * hard + weight * (alpha * TCKD + beta * NCKD)``, without the authors' warm-up (as in the official VanillaKD).
+    """``hard_weight * hard + weight * (alpha * TCKD + beta * NCKD)``; ``warmup`` (a share of all steps) is the authors'.
 
     "The" target of a mixed image is the class with the largest share of it, ``batch.labels``: the paper does not mix.
     """
 
-    min_classes: ClassVar[int] = 3  # without the target nothing is left to tell apart in two
+    equation = (
+        r"T^2 \left[ \alpha\, \mathrm{KL}\left((q_y, 1 - q_y) \,\|\, (p_y, 1 - p_y)\right)"
+        r" + \beta\, \mathrm{KL}\left(\hat q_{\setminus y} \,\|\, \hat p_{\setminus y}\right) \right]"
+    )
 
-    def __init__(self, *, hard_weight: float, weight: float, alpha: float, beta: float, temperature: float) -> None:
-        super().__init__(hard_weight=hard_weight)
-        self.weight = non_negative("weight", weight)
+    def __init__(self, *, hard_weight: float, weight: float, warmup: float, alpha: float, beta: float, temperature: float) -> None:
+        super().__init__(hard_weight=hard_weight, weight=weight, warmup=warmup)
         self.alpha = non_negative("alpha", alpha)
         self.beta = non_negative("beta", beta)
         self.temperature = positive("temperature", temperature)
 
+    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:  # noqa: ARG002
+        others_needed(student.classes)
+
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         target, others = dkd(student.logits, teacher.logits, batch.labels, self.temperature)
-        return {"tckd": self.weight * self.alpha * target, "nckd": self.weight * self.beta * others}
+        return {"tckd": self.alpha * target, "nckd": self.beta * others}

@@ -1,14 +1,12 @@
 """The loss on the hard label, which mixup, cutmix and smoothing make soft: timm's losses, in full precision."""
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from kdlib.losses.base import full
+from kdlib.losses.base import HardLoss, full
 from kdlib.types import Logits
 
 _CE = SoftTargetCrossEntropy()
@@ -34,4 +32,4 @@ def _exact(loss: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
     return value
 
 
-HARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": ce, "bce": bce}
+HARD: dict[str, HardLoss | None] = {"ce": ce, "bce": bce, "none": None}

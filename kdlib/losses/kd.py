@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kdlib.losses.base import Method, non_negative, positive
+from kdlib.losses.base import Method, positive
 from kdlib.types import Batch, Logits, Output, Terms
 
 
@@ -22,10 +22,11 @@ def kd(student: Logits, teacher: Logits, temperature: float) -> Float[Tensor, ""
 class KD(Method):
     """``hard_weight * hard + weight * kd``. Hinton's weights sum to 1; the official VanillaKD default has both at 1."""
 
+    equation = r"T^2\, \mathrm{KL}\left(\sigma(z_t / T) \,\|\, \sigma(z_s / T)\right)"
+
     def __init__(self, *, hard_weight: float, weight: float, temperature: float) -> None:
-        super().__init__(hard_weight=hard_weight)
-        self.weight = non_negative("weight", weight)
+        super().__init__(hard_weight=hard_weight, weight=weight)
         self.temperature = positive("temperature", temperature)
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
-        return {"kd": self.weight * kd(student.logits, teacher.logits, self.temperature)}
+        return {"kd": kd(student.logits, teacher.logits, self.temperature)}

@@ -1,15 +1,17 @@
 """No distillation: the hard label alone."""
 
-from typing import ClassVar
-
-from kdlib.losses.base import Method
+from kdlib.losses.base import Method, positive
 from kdlib.types import Batch, Output, Terms
 
 
 class NoKD(Method):
     """The hard loss times ``hard_weight``, and nothing else: what a student learns without a teacher."""
 
-    needs_teacher: ClassVar[bool] = False
+    asks_teacher = frozenset()
+    equation = r"0"
+
+    def __init__(self, *, hard_weight: float) -> None:
+        super().__init__(hard_weight=positive("hard_weight", hard_weight), weight=0.0)
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
         return {}

@@ -7,35 +7,43 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kdlib.models import small  # importing it registers the small nets with timm
-from kdlib.types import Images, Logits, Output
+from kdlib.models import features, small  # importing the latter registers the small nets with timm
+from kdlib.types import Asks, Images, Output, OutputShape, Part
 
 _UNFIT = (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError)  # what models raise for a size that is not theirs
 
 
 class Classifier(nn.Module):
-    """A timm model behind its own normalisation: un-normalised images in [0, 1] go in, an ``Output`` comes out."""
+    """A timm model behind its own normalisation and resolution: un-normalised images in [0, 1] go in, an ``Output`` comes out.
+
+    ``size``: the side in pixels that images of other sizes are resized to. ``shape``: of its answer to one image.
+    """
 
     mean: Float[Tensor, "1 channels 1 1"]
     std: Float[Tensor, "1 channels 1 1"]
 
-    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: int) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.size = net, size
+        self._places: features.Places
+        self.shape: OutputShape
+        self._places, self.shape = features.explore(net, torch.zeros(1, len(mean), size, size))
         # not persistent: the weights file stays that of the timm model
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, images: Images) -> Output:
-        logits: Logits = self.net((images - self.mean) / self.std)
-        return Output(logits)
+    def forward(self, images: Images, asks: Asks = frozenset({Part.LOGITS})) -> Output:
+        if images.shape[-1] != self.size:
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
+        return features.answer(self.net, self._places, (images - self.mean) / self.std, asks)
 
 
 def build(name: str, classes: int, channels: int, size: int, drop_path: float = 0.0) -> Classifier:
-    """A freshly initialised ``name`` for images of ``channels`` x ``size`` x ``size``.
+    """A freshly initialised ``name`` that looks at images of ``channels`` x ``size`` x ``size``.
 
     Raises ValueError, as "found ...; allowed: ...; what to do", for a name that timm does not know and for a size that the model
     cannot take.
@@ -53,8 +61,9 @@ def build(name: str, classes: int, channels: int, size: int, drop_path: float = 
     with _refused_for_size(name, size):
         if cfg.get("fixed_input_size", False) and cfg["input_size"][-1] != size:
             net = timm.create_model(name, **options, img_size=size)
-        _try(net, torch.zeros(1, channels, size, size))
-    return Classifier(net.to(memory_format=torch.channels_last), _per_channel(cfg["mean"], channels), _per_channel(cfg["std"], channels))
+        # one forward pass: the only honest test of an image size, and cheap beside a training run
+        net = net.to(memory_format=torch.channels_last)
+        return Classifier(net, _per_channel(cfg["mean"], channels), _per_channel(cfg["std"], channels), size)
 
 
 def _create(name: str, options: dict[str, Any]) -> nn.Module:
@@ -73,19 +82,11 @@ def _refused_for_size(name: str, size: int) -> Iterator[None]:
     """What a model raises when it is made for, or given, images of a size that it cannot take, as a refusal."""
     try:
         yield
-    except (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError) as error:
+    except _UNFIT as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(
             f"found {name!r} with images of {size} px; allowed: a size that it takes; choose another model or size ({reason})"
         ) from error
-
-
-def _try(net: nn.Module, images: Images) -> None:
-    """One forward pass in evaluation mode: the only honest test of an image size, and cheap beside a training run."""
-    training = net.training
-    with torch.inference_mode():
-        net.eval()(images)
-    net.train(training)
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from kdlib.data.stream import ViewStream
 from kdlib.train.learner import Learner
 from kdlib.train.teacher import Teacher
-from kdlib.types import Batch, Output
+from kdlib.types import Asks, Batch, Output
 
 VALIDATIONS = 10  # points of a curve that carry a validation accuracy; more would cost a short run more than its training
 CHECK_STEPS = 50  # a diverged run trains on for at most so many steps before anyone looks
@@ -62,10 +62,11 @@ def fit(
 
 
 def _ask(teacher: Teacher | None, active: list[Learner], batch: Batch) -> Output | None:
-    """One pass for all, and none for those who would not listen."""
-    if teacher is None or not any(learner.method.needs_teacher for learner in active):
+    """One pass for all, of which each learner takes what its method asked for; none for those who would not listen."""
+    asks: Asks = frozenset().union(*(learner.method.asks_teacher for learner in active))
+    if teacher is None or not asks:
         return None
-    answers: Output = teacher(batch.images)
+    answers: Output = teacher(batch.images, asks)
     return answers
 
 
@@ -73,7 +74,7 @@ def _close_epoch(active: list[Learner], stream: ViewStream, step: int, validate:
     """Measure what is due, extend the curves, and say in one line how the learners do."""
     total, seen = active[0].total_steps, (step + 1) * stream.recipe.batch_size
     epoch, epochs = seen // len(stream.index), -(-total * stream.recipe.batch_size // len(stream.index))
-    before = max(0, seen - len(stream.index)) // stream.recipe.batch_size
+    before = int(active[0].curve[-1]["step"] or 0) if active[0].curve else 0
     measured = step + 1 == total or (step + 1) * VALIDATIONS // total > before * VALIDATIONS // total
     shown = []
     for learner in active:
@@ -95,5 +96,5 @@ def _to_device(batch: Batch, learners: list[Learner]) -> Batch:
     device = learners[0].device
     if batch.images.device == device:
         return batch
-    moved: dict[str, torch.Tensor] = {name: getattr(batch, name).to(device) for name in ("images", "targets", "labels", "index")}
+    moved: dict[str, torch.Tensor] = {name: getattr(batch, name).to(device) for name in ("images", "targets", "labels", "index", "mixed")}
     return replace(batch, **moved)

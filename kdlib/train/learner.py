@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
+from timm.optim import create_optimizer_v2, param_groups_weight_decay  # type: ignore[attr-defined]
 from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor
 
@@ -30,6 +30,9 @@ class Learner:
         self.name, self.student, self.method, self.total_steps, self.seed = name, student, method, total_steps, seed
         self.hard = HARD[recipe.hard_loss]
         self.optimizer = create_optimizer_v2(student.net, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+        for adapters in param_groups_weight_decay(method, recipe.weight_decay):  # like the student's: biases and norms do not decay
+            if adapters["params"]:
+                self.optimizer.add_param_group(adapters)
         self.schedule = CosineLRScheduler(
             self.optimizer, t_initial=total_steps, warmup_t=round(recipe.warmup * total_steps), t_in_epochs=False, warmup_lr_init=0.0
         )
@@ -52,12 +55,13 @@ class Learner:
         seed_torch(self.seed, "step", self.step)  # dropout and drop path
         # half a step in: neither the first nor the last step has a learning rate of zero
         self.schedule.step_update(self.step + 0.5)  # type: ignore[arg-type]
-        output = self.student(batch.images)
+        output = self.student(batch.images, self.method.asks_student)
         if answers is None:
-            if self.method.needs_teacher:
+            if self.method.asks_teacher:
                 raise ValueError(f"{self.name}: found no teacher's answers; allowed: none only for a method that needs no teacher")
             answers = output
-        terms = self.method(output, answers, batch, self.hard(output.logits, batch.targets))
+        progress = torch.full((), (self.step + 1) / self.total_steps, device=self.device)
+        terms = self.method(output, answers, batch, self.hard, progress)
         loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad()
         loss.backward()

@@ -39,6 +39,7 @@ class Setting:
     data: DataSet
     index: Int[np.ndarray, " subset"]  # the training images that are used
     student: str
+    size: int  # pixels that the student looks at
     teacher: Teacher | None
     recipe: Recipe
     seed: int
@@ -86,8 +87,11 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
 def _learner(setting: Setting, job: Job, steps: int) -> Learner:
     data = setting.data
     seed_torch(setting.seed, "init")  # of student and adapters: the same start for every method
-    student = build(setting.student, data.classes, data.channels, data.size, setting.recipe.drop_path).to(setting.device)
-    learner = Learner(job.name, student, job.method().to(setting.device), setting.recipe, total_steps=steps, seed=setting.seed)
+    student = build(setting.student, data.classes, data.channels, setting.size, setting.recipe.drop_path).to(setting.device)
+    method = job.method()
+    labels = torch.from_numpy(np.asarray(data.train.labels[setting.index], np.int64))
+    method.adapt(student.shape, (setting.teacher or student).shape, labels)
+    learner = Learner(job.name, student, method.to(setting.device), setting.recipe, total_steps=steps, seed=setting.seed)
     state = checkpoint.newest(job.folder)
     if state is not None:
         learner.load_state_dict(state)
@@ -139,7 +143,7 @@ def _write(job: Job, learner: Learner, setting: Setting, measured: _Measured, te
         "extra_parameters": sum(parameter.numel() for parameter in learner.method.parameters()),
         # a backward pass costs two forward passes (the FLOP counter over-counts grouped convolutions backward)
         "train_flops": 3 * seen * forward_flops(learner.student, *shape),
-        "teacher_flops": seen * forward_flops(setting.teacher, *shape) if setting.teacher and learner.method.needs_teacher else 0,
+        "teacher_flops": seen * forward_flops(setting.teacher, *shape) if setting.teacher and learner.method.asks_teacher else 0,
         **measures,
     }
     columns = ["epoch", "step", "images_seen", "loss", *(f"loss_{name}" for name in learner.names), "val_top1"]
