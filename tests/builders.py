@@ -19,7 +19,7 @@ DIGITS = {"source": "digits", "val_fraction": 0.1, "test_fraction": 0.2, "seed":
 METHODS = {
     "no_kd": {"hard_weight": 1.0},
     "kd": {"hard_weight": 1.0, "weight": 1.0, "temperature": 1.0},
-    "dkd": {"hard_weight": 1.0, "weight": 1.0, "alpha": 1.0, "beta": 2.0, "temperature": 1.0},
+    "dkd": {"hard_weight": 1.0, "weight": 1.0, "warmup": 0.0, "alpha": 1.0, "beta": 2.0, "temperature": 1.0},
     "dist": {"hard_weight": 1.0, "weight": 1.0, "beta": 1.0, "gamma": 1.0, "tau": 1.0},
 }
 GRIDS = {"kd": {"temperature": [1.0, 4.0], "weight": [1.0, 2.0]}, "dkd": {"beta": [1.0, 2.0], "temperature": [1.0, 4.0]}}

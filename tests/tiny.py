@@ -73,7 +73,7 @@ _CONTENT: dict[str, Any] = {
     "methods": {
         "no_kd": {"hard_weight": 1.0},
         "kd": {"hard_weight": 1.0, "weight": 1.0, "temperature": 1.0},
-        "dkd": {"hard_weight": 1.0, "weight": 1.0, "alpha": 1.0, "beta": 2.0, "temperature": 1.0},
+        "dkd": {"hard_weight": 1.0, "weight": 1.0, "warmup": 0.0, "alpha": 1.0, "beta": 2.0, "temperature": 1.0},
         "dist": {"hard_weight": 1.0, "weight": 1.0, "beta": 1.0, "gamma": 1.0, "tau": 1.0},
     },
     "comparisons": {
