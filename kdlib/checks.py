@@ -107,7 +107,7 @@ def _check_methods(study: Study, name: str, student: OutputShape, teacher: Outpu
         try:
             method.adapt(student, teacher, torch.zeros(2, dtype=torch.int64))
         except ValueError as error:
-            raise Refused(f"{FILE}: {place}: {variant.method}: {error}") from error
+            raise Refused(f"{FILE}: {place}: {str(error).replace('found', f'found {variant.method} with', 1)}") from error
 
 
 def _check_optimizer(key: str, recipe: Recipe) -> None:

@@ -73,7 +73,8 @@ ALONE: dict[str, tuple[str, object, tuple[str, ...]]] = {
     "temperature 0": ("methods.kd.temperature", 0, ("found 0.0", "a number > 0")),
     "tau 0": ("methods.dist.tau", 0, ("found 0.0", "a number > 0")),
     "negative weight": ("methods.dkd.weight", -1, ("found -1.0", "a number >= 0")),
-    "negative hard weight": ("methods.no_kd.hard_weight", -0.5, ("found -0.5", "a number >= 0")),
+    "negative hard weight": ("methods.kd.hard_weight", -0.5, ("found -0.5", "a number >= 0")),
+    "nothing to learn from": ("methods.no_kd.hard_weight", 0, ("found 0.0", "a number > 0")),
     "negative beta": ("methods.dist.beta", -2, ("found -2.0", "a number >= 0")),
 }
 
@@ -110,7 +111,7 @@ def test_parameters_of_a_method_are_exactly_its_own(tmp_path: Path, name: str) -
 def test_an_unknown_method_is_refused_with_the_closest_one(tmp_path: Path) -> None:
     content = tiny.content()
     content["methods"]["dkdd"] = content["methods"]["dkd"]
-    with refused("methods.dkdd", "found 'dkdd'", "dist, dkd, kd, no_kd", "did you mean 'dkd'?"):
+    with refused("methods.dkdd", "found 'dkdd'", ", dist, dkd, ", "did you mean 'dkd'?"):
         opened(tmp_path, content)
 
 
@@ -130,14 +131,27 @@ def two_class_study() -> dict[str, Any]:
 def test_a_method_that_needs_more_classes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(tmp_path, two_class_study())
     content = change(two_class_study(), "comparisons.small_weak.methods", ["kd", "dkd"])
-    with refused("comparisons.small_weak.methods", "dkd for the 2 classes of fractals", "dkd for 3 classes or more"):
+    with refused("comparisons.small_weak.methods", "dkd with 2 classes", "3 or more"):
         opened(tmp_path, content)
     sweep = {"seed": 0, "grids": {"kd": {"weight": [1]}, "dkd": {"beta": [1]}}}
-    with refused("comparisons.tuned.sweep.grids", "dkd for the 2 classes of fractals", "dkd for 3 classes or more"):
+    with refused("comparisons.tuned.sweep.grids", "dkd with 2 classes", "3 or more"):
         opened(tmp_path, change(two_class_study(), "comparisons.tuned.sweep", sweep))
-    monkeypatch.setattr(METHODS["kd"], "min_classes", 4)  # the check knows no method by name
-    with refused("comparisons.large_strong.methods", "'kd for the 2 classes of fractals'", "kd for 4 classes or more"):
+    monkeypatch.setattr(METHODS["kd"], "adapt", METHODS["dkd"].adapt)  # the check knows no method by name
+    with refused("comparisons.large_strong.methods", "kd with 2 classes", "3 or more"):
         opened(tmp_path, two_class_study())
+
+
+def test_a_method_that_needs_unmixed_images_is_refused_where_all_are_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS["dist"], "unmixed", True)
+    opened(tmp_path, tiny.content())  # only under the weak recipe, which does not mix
+    for alpha in ("mixup_alpha", "cutmix_alpha"):
+        with refused("comparisons.small_weak.methods", "dist with recipe 'weak', which mixes every image", "set mixup_alpha and"):
+            opened(tmp_path, change(tiny.content(), f"recipes.weak.{alpha}", 0.2))
+
+
+def test_no_hard_label_and_no_teacher_is_nothing_to_learn_from(tmp_path: Path) -> None:
+    with refused("comparisons.small_weak.methods", "no_kd with recipe 'weak', whose hard_loss is none", "a method that asks the teacher"):
+        opened(tmp_path, change(tiny.content(), "recipes.weak.hard_loss", "none"))
 
 
 # Data
@@ -271,7 +285,7 @@ def test_classes_that_only_the_data_tell_are_checked_before_the_teacher_is_train
     monkeypatch.chdir(tmp_path)
     study.prepare_data("pets")
     for call in (lambda: study.make_teacher("small"), lambda: study.distill("small_weak")):
-        with untouched(tmp_path), refused("comparisons.large_strong.methods", "dkd for the 2 classes of pets"):
+        with untouched(tmp_path), refused("comparisons.large_strong.methods", "dkd with 2 classes"):
             call()
 
 

@@ -22,7 +22,7 @@ from kdlib.data.splits import subset
 from kdlib.data.stream import ViewStream
 from kdlib.experiment import Diverged, Experiment
 from kdlib.losses import METHODS
-from kdlib.losses.base import Method
+from kdlib.losses.base import HardLoss, Method
 from kdlib.losses.kd import KD
 from kdlib.losses.no_kd import NoKD
 from kdlib.models import build
@@ -35,7 +35,7 @@ ALL = {name: method(name) for name in METHODS}
 
 
 def digest(*tensors: Tensor) -> str:
-    return hashlib.sha256(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
+    return hashlib.sha256(b"".join(tensor.detach().contiguous().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 @dataclass
@@ -53,15 +53,16 @@ class Spy(Method):
     """Learns as ``of`` does and writes down what it was shown."""
 
     def __init__(self, seen: Seen, of: Method) -> None:
-        super().__init__(hard_weight=1.0)
+        super().__init__(hard_weight=1.0, weight=1.0)
         self.seen, self.of = seen, of
+        self.asks_student, self.asks_teacher, self.adapt = of.asks_student, of.asks_teacher, of.adapt  # type: ignore[misc, method-assign]
 
-    def forward(self, student: Output, teacher: Output, batch: Batch, hard: Tensor) -> Terms:
+    def forward(self, student: Output, teacher: Output, batch: Batch, hard: HardLoss | None, progress: Tensor) -> Terms:
         self.seen.batches.append(digest(batch.images, batch.targets, batch.labels, batch.index))
         self.seen.answers.append(digest(teacher.logits))
         self.seen.students.append(student.logits.detach().clone())
         self.seen.index.append(batch.index)
-        terms = self.of(student, teacher, batch, hard)
+        terms = self.of(student, teacher, batch, hard, progress)
         self.seen.terms.append({name: term.item() for name, term in terms.items()})
         return terms
 
@@ -104,9 +105,9 @@ class Counting(Spy):
         super().__init__(Seen(), NoKD(hard_weight=1.0))
         self.calls, self.counted = calls, counted
 
-    def forward(self, student: Output, teacher: Output, batch: Batch, hard: Tensor) -> Terms:
+    def forward(self, student: Output, teacher: Output, batch: Batch, hard: HardLoss | None, progress: Tensor) -> Terms:
         self.counted.append(len(self.calls))
-        return super().forward(student, teacher, batch, hard)
+        return super().forward(student, teacher, batch, hard, progress)
 
 
 def test_no_teacher_pass_for_nobody(tmp_path: Path) -> None:
@@ -154,9 +155,8 @@ def test_every_fraction_sees_equally_many_images(tmp_path: Path, images: int) ->
     files = trained(setting(index=np.arange(0, 96, 96 // images)), spies(seen), tmp_path)["no_kd"]
     metrics = json.loads(files["metrics.json"])
     assert (metrics["images_seen"], metrics["steps"]) == (192, 12)  # two passes over the whole training split
-    times = torch.cat(seen["no_kd"].index).bincount(minlength=96)
-    assert times[:: 96 // images].tolist() == [192 // images] * images
-    assert times.sum() == 192
+    times = torch.cat(seen["no_kd"].index).bincount()
+    assert times.tolist() == [192 // images] * images
 
 
 # The loop, written out
@@ -290,7 +290,7 @@ class Breaks(Method):
     """Becomes infinite at one step; at its last it can grow huge instead, which the loss does not show."""
 
     def __init__(self, at: int, huge: bool = False) -> None:
-        super().__init__(hard_weight=1.0)
+        super().__init__(hard_weight=1.0, weight=1.0)
         self.step, self.at, self.huge = nn.Buffer(torch.tensor(0)), at, huge
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002

@@ -19,7 +19,7 @@ from kdlib.experiment import Experiment
 NOTEBOOK = tiny.ROOT / "notebooks" / "explore.ipynb"
 EDIT = """\
 file = experiment.root / "kdlib" / "losses" / "kd.py"
-file.write_text(file.read_text().replace("self.weight * kd(", "3 * self.weight * kd("))"""
+file.write_text(file.read_text().replace("kd(student.logits", "3 * kd(student.logits"))"""
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def levels(batch: Batch) -> np.ndarray:
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "targets", "labels", "index"))
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "targets", "labels", "index", "mixed"))
 
 
 # Crops and flips
@@ -225,19 +225,21 @@ def test_mixing_draws_have_timms_distribution() -> None:
 @pytest.mark.parametrize("subset", [8, 11, 40])
 def test_every_image_is_seen_equally_often(subset: int) -> None:
     index = np.arange(40)[::-1][:subset]
-    views = stream(index=index)
-    counts = np.zeros(40, int)
+    views = stream(position_images(), index=index)
+    counts = np.zeros(subset, int)  # by place in the subset
     for step in range(37):
-        np.add.at(counts, views.batch(step).index.numpy(), 1)
-        assert counts[index].max() - counts[index].min() <= 1
+        batch = views.batch(step)
+        np.testing.assert_array_equal(levels(batch), position_images()[index[batch.index]])
+        np.add.at(counts, batch.index.numpy(), 1)
+        assert counts.max() - counts.min() <= 1
         assert views.epoch(step) == (counts.sum() - 1) // subset
         assert views.ends_epoch(step) == (counts.sum() // subset > (counts.sum() - 8) // subset)
-    assert counts[index].sum() == 37 * 8  # nothing from outside the subset, and as many images for every subset
+    assert counts.sum() == 37 * 8  # nothing from outside the subset, and as many images for every subset
 
 
 def test_passes_have_orders_of_their_own() -> None:
     views = stream(np.zeros((40, 8, 8, 1), np.uint8))
-    first, second = (np.concatenate([views.rows(step) for step in range(5 * epoch, 5 * epoch + 5)]) for epoch in (0, 1))
+    first, second = (np.concatenate([views.places(step) for step in range(5 * epoch, 5 * epoch + 5)]) for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(40))
     assert (first != second).any()
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from kdlib import config
+
 ROOT = Path(__file__).parents[1]
 
 _PLAIN: dict[str, Any] = {
@@ -70,12 +72,7 @@ _CONTENT: dict[str, Any] = {
         }
     },
     "recipes": {"weak": _PLAIN, "strong": _STRONG},
-    "methods": {
-        "no_kd": {"hard_weight": 1.0},
-        "kd": {"hard_weight": 1.0, "weight": 1.0, "temperature": 1.0},
-        "dkd": {"hard_weight": 1.0, "weight": 1.0, "warmup": 0.0, "alpha": 1.0, "beta": 2.0, "temperature": 1.0},
-        "dist": {"hard_weight": 1.0, "weight": 1.0, "beta": 1.0, "gamma": 1.0, "tau": 1.0},
-    },
+    "methods": config.read(ROOT)["methods"],  # all of them, as the default study has them
     "comparisons": {
         "small_weak": _STUDENT | {"fraction": 0.5, "recipe": "weak", "methods": ["no_kd", "kd", "dkd", "dist"], "sweep": None},
         "large_strong": _STUDENT | {"fraction": 1.0, "recipe": "strong", "methods": ["kd", "dkd"], "sweep": None},

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdlib import config
 from kdlib.config import Recipe
 from kdlib.data.splits import load
 from kdlib.experiment import Experiment
@@ -102,7 +103,8 @@ def setting(seed: int = 0, index: np.ndarray | None = None, taught_by: Teacher |
 
 
 def method(name: str) -> Callable[[], Method]:
-    return lambda: METHODS[name](**tiny.content()["methods"][name])
+    """With the parameters of the study's params.yaml."""
+    return lambda: METHODS[name](**config.read(ROOT)["methods"][name])
 
 
 def trained(
