@@ -1,12 +1,25 @@
-"""Distillation losses, one file per method. A new one is added by its file, a line here, and its reference in tests/references.py."""
+"""Distillation losses, one file per method. A new one is added by its file, a line here, and its reference in tests/references."""
 
 from kdlib.losses.base import Method
+from kdlib.losses.bkl import BKL
 from kdlib.losses.dist import DIST
 from kdlib.losses.dkd import DKD
+from kdlib.losses.funmatch import FunMatch
 from kdlib.losses.hard import HARD
 from kdlib.losses.kd import KD
+from kdlib.losses.lskd import LSKD
+from kdlib.losses.nkd import NKD
 from kdlib.losses.no_kd import NoKD
 
-METHODS: dict[str, type[Method]] = {"no_kd": NoKD, "kd": KD, "dkd": DKD, "dist": DIST}
+METHODS: dict[str, type[Method]] = {
+    "no_kd": NoKD,
+    "kd": KD,
+    "bkl": BKL,
+    "dist": DIST,
+    "dkd": DKD,
+    "funmatch": FunMatch,
+    "lskd": LSKD,
+    "nkd": NKD,
+}
 
 __all__ = ["HARD", "METHODS", "Method"]
