@@ -10,6 +10,8 @@ from kdlib.losses.kd import KD
 from kdlib.losses.lskd import LSKD
 from kdlib.losses.nkd import NKD
 from kdlib.losses.no_kd import NoKD
+from kdlib.losses.ofa import OFA
+from kdlib.losses.reviewkd import ReviewKD
 
 METHODS: dict[str, type[Method]] = {
     "no_kd": NoKD,
@@ -20,6 +22,8 @@ METHODS: dict[str, type[Method]] = {
     "funmatch": FunMatch,
     "lskd": LSKD,
     "nkd": NKD,
+    "ofa": OFA,
+    "reviewkd": ReviewKD,
 }
 
 __all__ = ["HARD", "METHODS", "Method"]

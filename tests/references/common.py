@@ -71,3 +71,27 @@ def calibration_error(confidence: Array, correct: Array) -> float:
         if inside:
             total += len(inside) / len(confidence) * abs(np.mean([correct[i] for i in inside]) - np.mean([confidence[i] for i in inside]))
     return total
+
+
+def convolution(maps: Array, weight: Array, bias: Array | None = None, stride: int = 1) -> Array:
+    """Of (batch, channels, H, W), padded by zeros on each side by half the kernel; groups follow from the weight's shape."""
+    out, per_group, side, _ = weight.shape
+    padded = np.pad(maps, ((0, 0), (0, 0), (side // 2, side // 2), (side // 2, side // 2)))
+    height, width = ((padded.shape[axis] - side) // stride + 1 for axis in (2, 3))
+    result = np.zeros((len(maps), out, height, width))
+    for o in range(out):
+        first = o * maps.shape[1] // per_group // out * per_group
+        for i in range(height):
+            for j in range(width):
+                window = padded[:, first : first + per_group, i * stride : i * stride + side, j * stride : j * stride + side]
+                result[:, o, i, j] = (window * weight[o]).sum((1, 2, 3)) + (0 if bias is None else bias[o])
+    return result
+
+
+def batch_norm(maps: Array, weight: Array, bias: Array) -> Array:
+    """Each channel with the mean and the (biased) variance of its values in this batch; 1e-5 is added to the variance."""
+    channels = []
+    for c in range(maps.shape[1]):
+        values = maps[:, c]
+        channels.append((values - values.mean()) / np.sqrt(values.var() + 1e-5) * weight[c] + bias[c])
+    return np.stack(channels, axis=1)
