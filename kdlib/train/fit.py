@@ -42,9 +42,9 @@ def fit(
         active = [learner for learner in running if learner.step == step]
         if not active:
             continue
-        batch = _to_device(stream.batch(step), active)
+        batch = to_device(stream.batch(step), active)
         started = time.perf_counter()
-        answers = _ask(teacher, active, batch)
+        answers = ask(teacher, active, batch)
         teacher_seconds += time.perf_counter() - started
         for learner in active:
             learner.update(batch, answers)
@@ -61,7 +61,7 @@ def fit(
     return teacher_seconds
 
 
-def _ask(teacher: Teacher | None, active: list[Learner], batch: Batch) -> Output | None:
+def ask(teacher: Teacher | None, active: Sequence[Learner], batch: Batch) -> Output | None:
     """One pass for all, of which each learner takes what its method asked for; none for those who would not listen."""
     asks: Asks = frozenset().union(*(learner.method.asks_teacher for learner in active))
     if teacher is None or not asks:
@@ -92,7 +92,8 @@ def _watched() -> bool:
     return "KDLIB_STAGE" not in os.environ and ("ipykernel" in sys.modules or sys.stderr.isatty())
 
 
-def _to_device(batch: Batch, learners: list[Learner]) -> Batch:
+def to_device(batch: Batch, learners: Sequence[Learner]) -> Batch:
+    """The batch where the learners are."""
     device = learners[0].device
     if batch.images.device == device:
         return batch

@@ -1,5 +1,7 @@
 """A learner: one student with its loss, its optimiser and its schedule. Learners share nothing but the batch and the answers."""
 
+import copy
+import functools
 import math
 import time
 from typing import Any
@@ -15,6 +17,7 @@ from kdlib.losses.base import Method
 from kdlib.losses.hard import HARD
 from kdlib.models import Classifier
 from kdlib.seed import seed_torch
+from kdlib.train.memory import peak_bytes
 from kdlib.types import Batch, Output, Terms
 
 Row = dict[str, float | int | None]
@@ -55,20 +58,23 @@ class Learner:
         seed_torch(self.seed, "step", self.step)  # dropout and drop path
         # half a step in: neither the first nor the last step has a learning rate of zero
         self.schedule.step_update(self.step + 0.5)  # type: ignore[arg-type]
-        output = self.student(batch.images, self.method.asks_student)
-        if answers is None:
-            if self.method.asks_teacher:
-                raise ValueError(f"{self.name}: found no teacher's answers; allowed: none only for a method that needs no teacher")
-            answers = output
-        progress = torch.full((), (self.step + 1) / self.total_steps, device=self.device)
-        terms = self.method(output, answers, batch, self.hard, progress)
-        loss = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad()
-        loss.backward()
+        terms = self._differentiate(batch, answers)
         self.optimizer.step()
         self._record(terms)
         self.step += 1
         self.seconds += time.perf_counter() - started
+
+    def step_bytes(self, batch: Batch, answers: Output | None) -> int:
+        """Peak memory of one step on the device: forward pass, loss, backward pass, the first gradients. Of a copy: nothing changes here.
+
+        The batch, the teacher's pass, the weights and the optimiser are not in it.
+        """
+        found = 0
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            for _ in range(2):  # the first makes libraries allocate what they keep (cuBLAS, on a GPU)
+                found = peak_bytes(functools.partial(copy.deepcopy(self)._differentiate, batch, answers), self.device)
+        return found
 
     def close_epoch(self, epoch: int, images_seen: int, val_top1: float | None) -> None:
         """Add a row to the curve: mean loss terms since the last row."""
@@ -119,6 +125,18 @@ class Learner:
         self.step, self.seconds, self.curve, self.names = state["step"], state["seconds"], state["curve"], state["names"]
         self._steps_summed = state["steps_summed"]
         self._sums, self._bad_step, self._bad_terms = (state[key].to(self.device) for key in ("sums", "bad_step", "bad_terms"))
+
+    def _differentiate(self, batch: Batch, answers: Output | None) -> Terms:
+        """Forward and backward pass."""
+        output = self.student(batch.images, self.method.asks_student)
+        if answers is None:
+            if self.method.asks_teacher:
+                raise ValueError(f"{self.name}: found no teacher's answers; allowed: none only for a method that needs no teacher")
+            answers = output
+        progress = torch.full((), (self.step + 1) / self.total_steps, device=self.device)
+        terms: Terms = self.method(output, answers, batch, self.hard, progress)
+        torch.stack(list(terms.values())).sum().backward()
+        return terms
 
     def _record(self, terms: Terms) -> None:
         values: Float[Tensor, " terms"] = torch.stack([term.detach() for term in terms.values()])

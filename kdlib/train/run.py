@@ -24,7 +24,7 @@ from kdlib.models import Classifier, build
 from kdlib.results import write_bytes, write_csv, write_json
 from kdlib.seed import seed_torch
 from kdlib.train import checkpoint
-from kdlib.train.fit import fit
+from kdlib.train.fit import ask, fit, to_device
 from kdlib.train.learner import Learner, total_steps
 from kdlib.train.measure import measure, predict
 from kdlib.train.teacher import Teacher
@@ -69,6 +69,9 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
     )
     learners = [_learner(setting, job, steps) for job in jobs]
     folders = {id(learner): job.folder for learner, job in zip(learners, jobs, strict=True)}
+    batch = to_device(stream.batch(0), learners)
+    answers = ask(setting.teacher, learners, batch)
+    step_bytes = [learner.step_bytes(batch, answers) for learner in learners]  # first: a run that cannot be measured fails before hours
     val_labels = torch.from_numpy(np.asarray(data.val.labels))
     teacher_seconds = fit(
         learners,
@@ -80,8 +83,8 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
         title=setting.title,
     )
     measured = _Measured(data, setting.teacher, setting.device)
-    for learner, job in zip(learners, jobs, strict=True):
-        _write(job, learner, setting, measured, teacher_seconds / len(jobs))
+    for learner, job, its_bytes in zip(learners, jobs, step_bytes, strict=True):
+        _write(job, learner, setting, measured, its_bytes, teacher_seconds / len(jobs))
 
 
 def _learner(setting: Setting, job: Job, steps: int) -> Learner:
@@ -121,7 +124,7 @@ class _Measured:
         return predict(model, split.images, EVALUATION_BATCH, self._device)
 
 
-def _write(job: Job, learner: Learner, setting: Setting, measured: _Measured, teacher_seconds: float) -> None:
+def _write(job: Job, learner: Learner, setting: Setting, measured: _Measured, step_bytes: int, teacher_seconds: float) -> None:
     recipe, shape = setting.recipe, (setting.data.channels, setting.data.size)
     diverged = learner.diverged_step
     try:
@@ -141,6 +144,7 @@ def _write(job: Job, learner: Learner, setting: Setting, measured: _Measured, te
         "steps": steps,
         "student_parameters": sum(parameter.numel() for parameter in learner.student.parameters()),
         "extra_parameters": sum(parameter.numel() for parameter in learner.method.parameters()),
+        "step_bytes": step_bytes,
         # a backward pass costs two forward passes (the FLOP counter over-counts grouped convolutions backward)
         "train_flops": 3 * seen * forward_flops(learner.student, *shape),
         "teacher_flops": seen * forward_flops(setting.teacher, *shape) if setting.teacher and learner.method.asks_teacher else 0,
