@@ -110,6 +110,21 @@ def test_dkd_is_kd_with_the_teachers_doubt_as_beta(temperature: float, std: floa
         assert sum(value.item() for value in distillation(compute(parts, *said, one))) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("function", [dkd, nkd])
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("target", [-1e4, 0.0, 1e4])
+def test_the_targets_logit_has_no_part_among_the_others(
+    function: Callable[..., tuple[Tensor, Tensor]], temperature: float, target: float
+) -> None:
+    student, teacher, batch = draw()
+    places = batch.labels[:, None]
+    before, after = (
+        function(*(temperature * one.logits.scatter(1, places, to) for one in (student, teacher)), batch.labels, temperature)[1]
+        for to in (1.0, target)
+    )
+    assert_close(after, before, rtol=1e-6, atol=0)
+
+
 def test_nkd_by_hand() -> None:
     """Given at T = 2, squared for T = 1. Target: 2/3 of ln(13/8). Others: (1/2, 1/2) against (3/4, 1/4)."""
     params = {"hard_weight": 1.0, "weight": 10.0, "gamma": 3.0, "temperature": 2.0}

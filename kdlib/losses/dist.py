@@ -11,21 +11,24 @@ CONSTANT = 1e-4  # a row with a norm of relative deviations below this counts as
 EMPTY = 1e-20  # a row with a mean below this counts as zero; far from where fp32's squares and reciprocals leave its range
 
 
-def pearson(a: Float[Tensor, "rows values"], b: Float[Tensor, "rows values"]) -> Float[Tensor, " rows"]:
-    """Pearson correlation of each row of ``a`` with that row of ``b``; both hold probabilities, so means are >= 0.
+def pearson(a: Float[Tensor, "rows columns"], b: Float[Tensor, "rows columns"], dim: int = 1) -> Float[Tensor, " rows_or_columns"]:
+    """Pearson correlation of each row of ``a`` with that row of ``b``, or at ``dim`` 0 of each column; both hold probabilities, >= 0.
 
-    Deviations are taken relative to the row's mean, which correlation does not see: a class that nobody predicts (1e-15 everywhere) counts
-    like any other. A row that does not vary has no correlation: its norm is floored at ``CONSTANT``, so that the value goes to 0 and the
-    gradient stays finite. (The authors' code adds 1e-8 to the product of the norms instead, which mutes rare classes;
-    on logits of standard deviation 1 to 10 the losses differ by less than 0.2 %.)
+    Deviations are taken relative to the mean: a class that nobody predicts (1e-15 everywhere) counts like any other. Neither the mean nor
+    this scale changes a correlation, so they need no gradient. What does not vary has no correlation: its norm is floored at ``CONSTANT``,
+    so that the value goes to 0 and the gradient stays finite. (The authors' code adds 1e-8 to the product of the norms instead, which
+    mutes rare classes; on logits of standard deviation 1 to 10 the losses differ by less than 0.2 %.)
     """
-    deviations: list[Tensor] = []
-    for values in (a, b):
-        mean = values.mean(dim=1, keepdim=True)
-        deviation = (values - mean) / mean.clamp_min(EMPTY)
-        deviations.append(deviation / torch.linalg.vector_norm(deviation, dim=1, keepdim=True).clamp_min(CONSTANT))
-    student, teacher = deviations
-    return (student * teacher).sum(dim=1)
+    student, teacher = _deviations(a, dim), _deviations(b, dim)
+    squares = [values.square().sum(dim).clamp_min(CONSTANT**2) for values in (student, teacher)]
+    return (student * teacher).sum(dim) * (squares[0] * squares[1]).rsqrt()
+
+
+def _deviations(values: Float[Tensor, "rows columns"], dim: int) -> Float[Tensor, "rows columns"]:
+    """values / mean - 1. In one pass: time and memory of this loss are its passes over (batch, classes)."""
+    mean = values.detach().mean(dim, keepdim=True)
+    scale = 1 / mean.clamp_min(EMPTY)
+    return torch.addcmul(-mean * scale, values, scale)
 
 
 def dist(student: Logits, teacher: Logits, tau: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -37,7 +40,7 @@ def dist(student: Logits, teacher: Logits, tau: float) -> tuple[Float[Tensor, ""
     student_p = (student / tau).softmax(dim=1)
     teacher_p = (teacher / tau).softmax(dim=1)
     inter = 1 - pearson(student_p, teacher_p).mean()
-    intra = 1 - pearson(student_p.T, teacher_p.T).mean()
+    intra = 1 - pearson(student_p, teacher_p, dim=0).mean()
     return tau**2 * inter, tau**2 * intra
 
 

@@ -1,24 +1,27 @@
 """Decoupled knowledge distillation (Zhao, Cui, Song, Qiu, Liang, CVPR 2022, arXiv 2203.08679)."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kdlib.losses.base import Method, non_negative, positive
-from kdlib.losses.kd import kd
+from kdlib.losses.kd import kl
 from kdlib.losses.target import others_needed, others_of
 from kdlib.types import Batch, Logits, Output, OutputShape, Terms
 
 
-def decouple(logits: Logits, labels: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch 2"], Float[Tensor, "batch others"]]:
-    """Logits of the two questions that DKD asks: "the target or another?" and "if another, which?" (arXiv 2203.08679, section 3.1).
+def decouple(logits: Logits, labels: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch 2"], Logits]:
+    """Log-probabilities of the two questions that DKD asks: "the target or another?" and "if another, which?".
 
-    softmax of the first is (p_y, 1 - p_y), softmax of the second is p without its target, renormalised. Only logits are formed, never
-    log(1 - p_y) from p_y, which is -inf in fp32 as soon as the model is sure. Raises ValueError for two classes or fewer.
+    (log p_y, log(1 - p_y)), and log of p without its target, renormalised; at the target a number so low that its probability is 0.
+    log(1 - p_y) is never formed from p_y: it would be -inf in fp32 as soon as the model is sure. Source: arXiv 2203.08679, section 3.1.
+    Raises ValueError for two classes or fewer.
     """
     others = others_of(logits, labels)
-    target = logits.gather(1, labels[:, None])
-    return torch.cat([target, others.logsumexp(dim=1, keepdim=True)], dim=1), others
+    total = others.logsumexp(dim=1, keepdim=True)
+    pair = torch.cat([logits.gather(1, labels[:, None]), total], dim=1)
+    return F.log_softmax(pair, dim=1), others - total
 
 
 def dkd(student: Logits, teacher: Logits, labels: Int[Tensor, " batch"], temperature: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -29,7 +32,7 @@ def dkd(student: Logits, teacher: Logits, labels: Int[Tensor, " batch"], tempera
     """
     student_pair, student_others = decouple(student / temperature, labels)
     teacher_pair, teacher_others = decouple(teacher / temperature, labels)
-    return temperature**2 * kd(student_pair, teacher_pair, 1.0), temperature**2 * kd(student_others, teacher_others, 1.0)
+    return temperature**2 * kl(student_pair, teacher_pair), temperature**2 * kl(student_others, teacher_others)
 
 
 class DKD(Method):

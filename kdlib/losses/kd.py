@@ -14,9 +14,12 @@ def kd(student: Logits, teacher: Logits, temperature: float) -> Float[Tensor, ""
     The factor T^2 keeps the gradient's size about the same at every T. Up to the teacher's entropy, which has no gradient, this is the
     soft cross-entropy of arXiv 1503.02531, section 2 (equation 1 is the softmax with temperature).
     """
-    student_logp = F.log_softmax(student / temperature, dim=1)
-    teacher_logp = F.log_softmax(teacher / temperature, dim=1)
-    return temperature**2 * F.kl_div(student_logp, teacher_logp, reduction="batchmean", log_target=True)
+    return temperature**2 * kl(F.log_softmax(student / temperature, dim=1), F.log_softmax(teacher / temperature, dim=1))
+
+
+def kl(student_logp: Logits, teacher_logp: Logits) -> Float[Tensor, ""]:
+    """KL(teacher || student) of log-probabilities: sum over classes, mean over the batch, in nats."""
+    return F.kl_div(student_logp, teacher_logp, reduction="batchmean", log_target=True)
 
 
 class KD(Method):

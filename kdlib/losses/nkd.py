@@ -18,8 +18,8 @@ def nkd(student: Logits, teacher: Logits, labels: Int[Tensor, " batch"], tempera
     """
     student_logp = F.log_softmax(student, dim=1).gather(1, labels[:, None])
     teacher_p = teacher.softmax(dim=1).gather(1, labels[:, None])
-    student_others = others_of(student, labels) / temperature
-    teacher_others = others_of(teacher, labels) / temperature
+    student_others = others_of(student / temperature, labels)
+    teacher_others = others_of(teacher / temperature, labels)
     others = F.cross_entropy(student_others, teacher_others.softmax(dim=1))
     return -(teacher_p * student_logp).mean(), temperature**2 * others
 
