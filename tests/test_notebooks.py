@@ -41,10 +41,10 @@ def _foreach() -> dict[str, str]:
     return found
 
 
-def test_the_notebooks_are_those_of_the_pipeline_and_one_for_people() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["1_data", "2_teacher", "3_distill", "4_tables", "explore"]
+def test_the_notebooks_are_those_of_the_pipeline_and_two_for_people() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["1_data", "2_teacher", "3_distill", "4_tables", "explore", "methods"]
     assert _foreach() == {"1_data": "data", "2_teacher": "teachers", "3_distill": "comparisons"}
-    assert "explore" not in (ROOT / "dvc.yaml").read_text("utf-8")
+    assert not any(name in (ROOT / "dvc.yaml").read_text("utf-8") for name in ("explore", "methods.ipynb"))
 
 
 @each

@@ -28,10 +28,11 @@ TRAINS = "kdlib.train.run"
 EVERY = set(METHODS)
 # Whose runs a change to a module's code repeats. A module that is missing here fails a test: decide where it belongs.
 REPEATS: dict[str, set[str]] = {
-    "kdlib.losses.dkd": {"dkd"},
-    "kdlib.losses.dist": {"dist"},
-    "kdlib.losses.no_kd": {"no_kd"},
-    "kdlib.losses.kd": {"kd", "dkd"},
+    **{method.__module__: {name} for name, method in METHODS.items()},
+    "kdlib.losses.kd": {"kd", "dkd", "funmatch", "lskd"},
+    "kdlib.losses.target": {"dkd", "nkd"},
+    "kdlib.losses.stages": {"at", "cc", "crd", "fitnet", "ofa", "reviewkd", "rkd", "sp", "vid"},
+    "kdlib.losses.ranks": {"crd"},
     **dict.fromkeys(("kdlib.losses.base", "kdlib.losses.hard", "kdlib.seed", "kdlib.types"), EVERY),
     **dict.fromkeys((f"kdlib.data.{name}" for name in ("augment", "mixing", "randaugment", "splits", "stream")), EVERY),
     **dict.fromkeys(("kdlib.models", "kdlib.models.build", "kdlib.models.small", "kdlib.train"), EVERY),
@@ -43,6 +44,7 @@ REPEATS_NOTHING = {
     "kdlib.models.loading",  # a checkpoint is known by its bytes, and measured anew each time
     *("kdlib.data", "kdlib.losses"),  # registries: name -> module
     *(f"kdlib.data.{name}" for name in ("chaos", "cifar100", "digits", "files", "folder", "fractals", "imagenet")),
+    *("kdlib.toy", "kdlib.disagreements", *(f"kdlib.disagreements.{name}" for name in ("base", "features", "logits"))),
     *("kdlib.results", "kdlib.published", "kdlib.stats", "kdlib.plots", "kdlib.show", "kdlib.explore", "kdlib.notebook", "kdlib.study"),
     *("kdlib.tables", *(f"kdlib.tables.{name}" for name in ("comparisons", "effort", "leads", "readme", "render"))),
 }
