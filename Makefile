@@ -5,7 +5,7 @@ STUDY ?=
 FREE ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: study test test-long test-oldest lab gc
+.PHONY: study test test-long test-oldest test-oracles lab gc
 
 study: $(VENV)/installed
 	$(if $(STUDY),cd studies/$(STUDY) &&) python -m kdlib.study run
@@ -39,4 +39,15 @@ test-oldest: .venv-oldest/installed
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
 	.venv-oldest/bin/python -m pip install --quiet "torch==2.11.*" "torchvision==0.26.*" --editable ".[test]"
+	touch $@
+
+# our losses and measures beside those of other packages, in an environment of its own
+test-oracles: .venv-oracles/installed
+	.venv-oracles/bin/python -m pytest tests/test_oracles.py
+
+.venv-oracles/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv-oracles
+	.venv-oracles/bin/python -m pip install --quiet --upgrade pip
+	.venv-oracles/bin/python -m pip install --quiet --requirement requirements.lock
+	.venv-oracles/bin/python -m pip install --quiet --no-build-isolation --editable ".[oracles]"
 	touch $@
