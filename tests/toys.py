@@ -78,7 +78,9 @@ def assemble(like: Output, given: list[Tensor]) -> Output:
 
 
 def convert(output: Output, dtype: torch.dtype) -> Output:
-    return assemble(output, [tensor.to(dtype) for tensor in tensors(output)])
+    """In this precision; what is too large for it becomes its largest number, not infinite."""
+    most = torch.finfo(dtype).max
+    return assemble(output, [tensor.double().clamp(-most, most).to(dtype) for tensor in tensors(output)])
 
 
 def asked(output: Output, asks: Any) -> Output:

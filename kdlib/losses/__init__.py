@@ -4,6 +4,7 @@ from kdlib.losses.at import AT
 from kdlib.losses.base import Method
 from kdlib.losses.bkl import BKL
 from kdlib.losses.cc import CC
+from kdlib.losses.crd import CRD
 from kdlib.losses.dist import DIST
 from kdlib.losses.dkd import DKD
 from kdlib.losses.fitnet import FitNet
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "at": AT,
     "bkl": BKL,
     "cc": CC,
+    "crd": CRD,
     "dist": DIST,
     "dkd": DKD,
     "fitnet": FitNet,
