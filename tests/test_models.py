@@ -183,7 +183,7 @@ def test_the_same_seed_builds_the_same_net_and_trying_it_draws_nothing() -> None
         ("resnet81", 24, 0.0, "found 'resnet81'; allowed: .*; did you mean 'resnet18'?"),
         ("", 24, 0.0, "found ''; allowed: .*; see timm.list_models"),
         ("kd_resnet8_w8_s1", 7, 0.0, "found 'kd_resnet8_w8_s1' with images of 7 px; allowed: at least 8 px; choose"),
-        ("vit_tiny_patch16_224", 8, 0.0, "found 'vit_tiny_patch16_224' with images of 8 px; allowed: a size that it takes; choose"),
+        ("vit_tiny_patch16_224", 8, 0.0, "found 'vit_tiny_patch16_224' with images of 8 px; allowed: a classifier of such images; choose"),
         ("inception_v3", 24, 0.0, "found 'inception_v3' with images of 24 px; allowed: "),
         ("xcit_nano_12_p16_224", 24, 0.0, "found 'xcit_nano_12_p16_224' with images of 24 px; allowed: "),
         ("maxvit_tiny_tf_224", 24, 0.0, "found 'maxvit_tiny_tf_224' with images of 24 px; allowed: "),

@@ -84,9 +84,8 @@ def _refused_for_size(name: str, size: int) -> Iterator[None]:
         yield
     except _UNFIT as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(
-            f"found {name!r} with images of {size} px; allowed: a size that it takes; choose another model or size ({reason})"
-        ) from error
+        do = "choose another model or size"
+        raise ValueError(f"found {name!r} with images of {size} px; allowed: a classifier of such images; {do} ({reason})") from error
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
