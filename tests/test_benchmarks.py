@@ -1,0 +1,79 @@
+"""The benchmarks run and write what their pages say; none of their times is asserted."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdlib import config
+from kdlib.losses import METHODS
+
+ROOT = Path(__file__).parents[1]
+CLAIMS = ("RKD, all its angles", "CRD's step", "CRD's index tables", "the loss alone", "with the step of a")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what ``methods.py --quick`` writes."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        importlib.import_module("methods").main(["--quick", "--out", str(folder)])
+    return folder
+
+
+def found(folder: Path) -> dict[str, Any]:
+    (path,) = (folder / "results").glob("methods_*.json")
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def test_every_method_with_a_term_of_its_own_has_a_row_beside_the_baselines(quick: Path) -> None:
+    rows, baseline = found(quick)["rows"], config.load(ROOT).study.baseline
+    assert {row["method"] for row in rows} == {name for name in METHODS if METHODS[name].asks_teacher}
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["teacher"], row["batch"]), []).append(row)
+    assert len(groups) == 4  # two teachers; logits and embeddings, maps
+    for group in groups.values():
+        first = group[0]
+        assert (first["method"], first["ratio"], first["ratio_min"], first["ratio_max"]) == (baseline, 1, 1, 1)
+        assert len({row["method"] for row in group}) == len(group)
+
+
+def test_rows_hold_plausible_figures(quick: Path) -> None:
+    content = found(quick)
+    for row in content["rows"]:
+        assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+        assert row["ms"] > 0
+        own = METHODS[row["method"]].asks_student
+        gradient = 4 * row["batch"] * content["shapes"]["student"]["classes"] if own else 0
+        assert row["peak_mb"] >= (gradient + 4 * row["extra_parameters"]) / 1e6  # of logits, and of its own parameters
+
+
+def test_claims_are_measured_and_judged(quick: Path) -> None:
+    claims = found(quick)["claims"]
+    assert len(claims) == len(CLAIMS)
+    for claim, text in zip(claims, CLAIMS, strict=True):
+        assert text in claim["claim"]
+        assert claim["measured"]
+        assert isinstance(claim["holds"], bool)
+
+
+def test_the_page_shows_all_of_it(quick: Path) -> None:
+    page, content = (quick / "methods.md").read_text(), found(quick)
+    assert all(f"| {claim['claim']} | {claim['measured']} |" in page for claim in content["claims"])
+    assert all(f"| {row['method']} | {row['teacher']} | {row['batch']} | {row['ms']:.1f} |" in page for row in content["rows"])
+    assert f"batch of {content['shapes']['map_batch']}" in page
+
+
+def test_the_committed_page_is_of_the_committed_results() -> None:
+    results = sorted((ROOT / "benchmarks" / "results").glob("methods_*.json"))
+    page = ROOT / "benchmarks" / "methods.md"
+    assert page.is_file() == bool(results)
+    if results:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(ROOT / "benchmarks"))
+            assert page.read_text() == importlib.import_module("methods").markdown([json.loads(path.read_text()) for path in results])
