@@ -73,7 +73,10 @@ class Learner:
         found = 0
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             for _ in range(2):  # the first makes libraries allocate what they keep (cuBLAS, on a GPU)
-                found = peak_bytes(functools.partial(copy.deepcopy(self)._differentiate, batch, answers), self.device)
+                twin = copy.deepcopy(self)
+                state = twin.state_dict()  # held: what a step replaces is not freed meanwhile
+                found = peak_bytes(functools.partial(twin._differentiate, batch, answers), self.device)
+                del state
         return found
 
     def close_epoch(self, epoch: int, images_seen: int, val_top1: float | None) -> None:
