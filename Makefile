@@ -1,4 +1,5 @@
-# make study | test | lab | gc: each makes the environment it needs and then does its one thing. README has the commands without make.
+# make study [STUDY=methods] | test | lab | gc [FREE=1]: each makes the environment it needs and then does its one thing.
+# README has the commands without make.
 PYTHON ?= python3
 VENV := .venv
 STUDY ?=
@@ -8,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .PHONY: study test test-long test-oldest test-oracles lab gc
 
 study: $(VENV)/installed
-	$(if $(STUDY),cd studies/$(STUDY) &&) python -m kdlib.study run
+	python -m kdlib.study run $(STUDY)
 
 test: $(VENV)/installed
 	python -m pytest

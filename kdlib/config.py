@@ -14,6 +14,7 @@ from ruamel.yaml.error import YAMLError
 from kdlib.schema import (
     PARTS,
     SOURCES,
+    TABLES,
     Cifar100,
     Comparison,
     DataSource,
@@ -73,6 +74,7 @@ _ALLOWED = {
     "int_from_float": "a whole number",
     "float_type": "a number",
     "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
     "greater_than": "a number > {gt:g}",
     "greater_than_equal": "a number >= {ge:g}",
     "less_than": "a number < {lt:g}",
@@ -166,8 +168,12 @@ def _check_references(study: Study) -> None:
     _check_unique("study.challengers", [*general.challengers, general.baseline])
     _check_unique("study.seeds", general.seeds)
     known("study.headline.data", general.headline.data, study.data)
-    known("study.headline.weak", general.headline.weak, study.recipes)
-    known("study.headline.strong", general.headline.strong, study.recipes)
+    for name in general.headline.recipes:
+        known("study.headline.recipes", name, study.recipes)
+    _check_unique("study.headline.recipes", general.headline.recipes)
+    for name in general.tables:
+        known("study.tables", name, TABLES)
+    _check_unique("study.tables", general.tables)
     for name, teacher in study.teachers.items():
         known(f"teachers.{name}.data", teacher.data, study.data)
         known(f"teachers.{name}.recipe", teacher.recipe, study.recipes)

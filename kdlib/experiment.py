@@ -15,7 +15,7 @@ from kdlib.checks import check_against_data, check_method, check_names
 from kdlib.config import Study, refuse
 from kdlib.data import prepare
 from kdlib.data.splits import DataSet, load, subset
-from kdlib.losses import METHODS
+from kdlib.losses import METHODS, Method
 from kdlib.models import Classifier, build
 from kdlib.models.loading import load_checkpoint
 from kdlib.plan import TUNED, Variant, methods_of, trials_of
@@ -24,9 +24,10 @@ from kdlib.results import TEACHERS, full_disk_refused, read_json, run_folder, wr
 from kdlib.store import Store, beside_dvc_cache
 from kdlib.train.run import Job, Setting, train, write_measured
 from kdlib.train.teacher import Teacher
+from kdlib.types import Part
 
 DATA = Path("runs/data")  # <name>/ below it
-PLAIN = "no_kd"  # how a teacher is trained
+PLAIN = next(name for name, method in METHODS.items() if not method.asks_teacher)  # how a teacher is trained
 # What a run's fingerprint covers by value, what only names other modules, or moves files about: a change there changes no number.
 UNCOUNTED = frozenset({"kdlib.config", "kdlib.data", "kdlib.losses", "kdlib.provenance", "kdlib.results", "kdlib.store"})
 
@@ -230,6 +231,8 @@ class Experiment:
                 "hard_loss": self.study.recipes[comparison.recipe].hard_loss,
                 "method": variant.method,
                 "variant": variant.name,
+                "looks_at": looks_at(METHODS[variant.method]),
+                "relational": METHODS[variant.method].relational,
                 "parameters": dict(variant.parameters),
                 "seed": plan.seed,
                 "trial": variant.trial,
@@ -267,6 +270,16 @@ class Experiment:
                 f"teachers.{name}.checkpoint", params.checkpoint, "weights that give finite logits", f"choose another file ({error})"
             ) from error
         return folder
+
+
+def looks_at(method: type[Method]) -> str:
+    """What a method asks for, in words: what of the teacher beyond its logits; else what of the student; else "logits"."""
+    if not method.asks_teacher:
+        return "no teacher"
+    for whose, asks in (("", method.asks_teacher), ("student's ", method.asks_student)):
+        if beyond := [part.value for part in Part if part in asks and part is not Part.LOGITS]:
+            return whose + ", ".join(beyond)
+    return Part.LOGITS.value
 
 
 def _job(plan: Planned, folder: Path) -> Job:

@@ -10,9 +10,13 @@ _FRACTIONS = {"imagenet1k_30pct": ("imagenet1k", 0.3), "imagenet1k_60pct": ("ima
 
 
 def read(root: Path) -> pd.DataFrame:
-    """All published numbers: table, dataset, teacher, student, recipe, epochs, method, metric, value (as printed), kind, source."""
+    """All published numbers: table, dataset, teacher, student, recipe, epochs, method, metric, value (as printed), kind, source.
+
+    From the nearest folder at or above the study's that has them: the studies of a project share one copy.
+    """
+    file = next((folder / FILE for folder in (root, *root.resolve().parents) if (folder / FILE).is_file()), root / FILE)
     types = dict.fromkeys(_TEXTS, "string") | {"epochs": "Int64", "value": "float64"}
-    return pd.read_csv(root / FILE, dtype=types, keep_default_na=False, na_values=[""])
+    return pd.read_csv(file, dtype=types, keep_default_na=False, na_values=[""])
 
 
 def figure1(published: pd.DataFrame) -> pd.DataFrame:

@@ -20,21 +20,22 @@ Run = tuple[str, str, int]  # comparison, variant, seed
 MEASURES = ("top1", "top5", "nll", "ece", "agreement", "teacher_kl")
 _TEXTS = (
     *("comparison", "data", "teacher", "student", "recipe", "hard_loss"),
-    *("method", "variant", "parameters", "fingerprint", "status", "diverged_cause"),
+    *("method", "variant", "looks_at", "parameters", "fingerprint", "status", "diverged_cause"),
 )
 _COUNTS = (
     *("classes", "train_images", "seed", "diverged_step", "images_seen", "steps"),
-    *("student_parameters", "extra_parameters", "train_flops", "teacher_flops"),
+    *("student_parameters", "extra_parameters", "step_bytes", "train_flops", "teacher_flops"),
 )
+_TRUTHS = ("relational", "trial")
 COLUMNS = [
     *("comparison", "data", "classes", "fraction", "train_images", "teacher", "student", "recipe", "hard_loss"),
-    *("method", "variant", "parameters", "seed", "trial", "fingerprint"),
+    *("method", "variant", "looks_at", "relational", "parameters", "seed", "trial", "fingerprint"),
     *("status", "diverged_step", "diverged_cause", "images_seen", "steps"),
-    *("student_parameters", "extra_parameters", "train_flops", "teacher_flops"),
+    *("student_parameters", "extra_parameters", "step_bytes", "train_flops", "teacher_flops"),
     *(f"{split}_{measure}" for split in ("val", "test") for measure in MEASURES),
 ]
 _TYPES = {
-    name: "string" if name in _TEXTS else "Int64" if name in _COUNTS else "bool" if name == "trial" else "float64" for name in COLUMNS
+    name: "string" if name in _TEXTS else "Int64" if name in _COUNTS else "bool" if name in _TRUTHS else "float64" for name in COLUMNS
 }
 
 

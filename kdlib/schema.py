@@ -141,11 +141,10 @@ class Comparison(Part):
 
 
 class Headline(Part):
-    """Which comparisons make the main table: this data set, every fraction, the weak recipe against the strong one."""
+    """Which comparisons the main table is about: this data set, every fraction, under these recipes."""
 
     data: str
-    weak: str
-    strong: str
+    recipes: Annotated[list[str], Field(min_length=1, max_length=2)]  # of two the first is the weaker; one has no other to be compared with
 
 
 class StudyParams(Part):
@@ -155,6 +154,7 @@ class StudyParams(Part):
     confidence: Annotated[float, Field(gt=0, lt=1)]
     on_divergence: Literal["continue", "fail"]
     checkpoint_seconds: NonNegative
+    tables: Annotated[list[str], Field(min_length=1)]  # the first is the README's
     headline: Headline
 
 
@@ -168,6 +168,8 @@ class Study(Part):
     methods: dict[str, dict[str, float]]
     comparisons: Annotated[dict[str, Comparison], Field(min_length=1)]
 
+
+TABLES = ("data_scale", "recipes", "tuning", "methods", "losses", "cost", "measures")  # what study.tables may name: kdlib.tables makes them
 
 # Where each part stands, without the names that people choose; the sources of data are told apart by their ``source``.
 PARTS: dict[str, type[Part]] = {

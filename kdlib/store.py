@@ -84,14 +84,19 @@ def size(folder: Path) -> int:
     return total
 
 
+def project(root: Path) -> Path:
+    """The project that the study at ``root`` belongs to: the nearest folder at or above it that DVC knows; without one, ``root``."""
+    return next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), root)
+
+
 def dvc_cache(root: Path) -> Path:
-    """The DVC cache of the project at ``root``, wherever its configuration (.dvc/config, .dvc/config.local) puts that."""
-    project = next((folder for folder in (root, *root.parents) if (folder / ".dvc").is_dir()), root)
+    """The DVC cache of a study's project, wherever its configuration (.dvc/config, .dvc/config.local) puts that."""
+    folder = project(root) / ".dvc"
     found = configparser.ConfigParser(interpolation=None)
-    found.read([project / ".dvc" / "config", project / ".dvc" / "config.local"], encoding="utf-8")
-    return (project / ".dvc" / Path(found.get("cache", "dir", fallback="cache").strip("'\"")).expanduser()).resolve()
+    found.read([folder / "config", folder / "config.local"], encoding="utf-8")
+    return (folder / Path(found.get("cache", "dir", fallback="cache").strip("'\"")).expanduser()).resolve()
 
 
 def beside_dvc_cache(root: Path) -> Path:
-    """Where the store of the project at ``root`` lies."""
+    """Where the store of a study's project lies: one for all its studies, so that they share their runs."""
     return dvc_cache(root).parent / "kdlib-runs"

@@ -1,9 +1,9 @@
-"""The study as one command: check, reproduce, show, and say what of the committed verdicts this machine reproduced.
+"""A study as one command: check, reproduce, show, and say what of the committed verdicts this machine reproduced.
 
-python -m kdlib.study run       what `make study` does
-python -m kdlib.study check     params.yaml alone, in seconds
-python -m kdlib.study readme    the headline between README's markers
-python -m kdlib.study gc        what store and cache hold; with --free, delete what the present study does not use
+python -m kdlib.study run [NAME]       what `make study` does; NAME: a folder of studies/; without it the study that one stands in
+python -m kdlib.study check [NAME]     params.yaml alone, in seconds
+python -m kdlib.study readme [NAME]    the headline between README's markers
+python -m kdlib.study gc               what store and cache hold; with --free, delete what no study of the project uses at present
 """
 
 import argparse
@@ -20,11 +20,24 @@ import pandas as pd
 from kdlib import config, tables
 from kdlib.config import Refused
 from kdlib.results import DISTILL, TEACHERS, read_json, write_text
-from kdlib.store import Store, beside_dvc_cache, dvc_cache, size
+from kdlib.store import Store, beside_dvc_cache, dvc_cache, project, size
 
+STUDIES = "studies"  # of the project: all but the default one, which is the project's own folder
 VERDICTS = "results/verdicts.csv"
 SHIPPED = ".state/shipped_verdicts.csv"  # without git: the verdicts that came with the files
 MARKERS = "results"
+
+
+def find(name: str | None) -> Path:
+    """The folder of a study: the project's studies/``name``, or the one that we stand in. Raises ``Refused`` for one that is not there."""
+    root = config.find_root()
+    if name is None:
+        return root
+    there = {folder.name: folder for folder in _studies(root)[1:]}
+    if name not in there:
+        allowed = f"{', '.join(there) or 'none, there is no other study'}; leave it out for the default study"
+        raise Refused(f"STUDY: found {name!r}; allowed: {allowed}")
+    return there[name]
 
 
 def check(root: Path) -> None:
@@ -35,7 +48,7 @@ def check(root: Path) -> None:
 
 
 def run(root: Path) -> None:
-    """`dvc repro`, one study at a time in a folder; then the headline and the comparison with the committed verdicts."""
+    """`dvc repro`, one study at a time in a project; then the headline and the comparison with the committed verdicts."""
     check(root)
     with _alone(root) as lock:
         _without_git(root)
@@ -50,13 +63,14 @@ def run(root: Path) -> None:
 
 @contextmanager
 def _alone(root: Path) -> Iterator[int]:
-    """Wait until no other study runs in this folder. Gives the descriptor of the lock, which a child process can hold on to."""
-    (root / ".state").mkdir(exist_ok=True)
-    with (root / ".state" / "study.lock").open("w") as lock:
+    """Wait until no other study runs in this project. Gives the descriptor of the lock, which a child process can hold on to."""
+    state = project(root) / ".state"
+    state.mkdir(exist_ok=True)
+    with (state / "study.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print("another study runs in this folder: waiting for it to end", file=sys.stderr, flush=True)
+            print("another study runs in this project: waiting for it to end", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock.fileno()
 
@@ -71,12 +85,12 @@ def readme(root: Path) -> None:
 
 
 def gc(root: Path, free: bool) -> None:
-    """Show what the run store and the DVC cache hold; free what runs/ does not use."""
+    """Show what the run store and the DVC cache hold; free what no runs/ of the project uses."""
     store = Store(beside_dvc_cache(root))
     sizes, used = store.sizes(), _used(root)
     unused = [name for name in sizes if name not in used]
     print(f"run store   {store.folder}: {len(sizes)} runs, {sum(sizes.values()) / 1e6:.1f} MB")
-    print(f"            not used by runs/: {len(unused)} runs, {sum(sizes[name] for name in unused) / 1e6:.1f} MB")
+    print(f"            not used by any runs/: {len(unused)} runs, {sum(sizes[name] for name in unused) / 1e6:.1f} MB")
     print(f"DVC cache   {dvc_cache(root)}: {size(dvc_cache(root)) / 1e6:.1f} MB")
     if not free:
         print("nothing was deleted: `make gc FREE=1` deletes unused runs, and what DVC caches for neither the workspace nor a commit")
@@ -100,16 +114,14 @@ def compare(committed: pd.DataFrame, measured: pd.DataFrame) -> tuple[int, list[
 
 def _report(root: Path, committed: str | None) -> str:
     headline = (root / "results" / "headline.md").read_text("utf-8").strip()
-    lines = [
-        "",
-        headline,
-        "",
-        "Tables: results/tables   figures: results/figures   every run: results/runs.csv   executed notebooks: runs/notebooks",
-    ]
+    here = root.relative_to(Path.cwd()) if root.is_relative_to(Path.cwd()) else root
+    places = {"Tables": "results/tables", "figures": "results/figures", "every run": "results/runs.csv"}
+    places |= {"executed notebooks": "runs/notebooks"}
+    lines = ["", headline, "", "   ".join(f"{what}: {here / place}" for what, place in places.items())]
     if committed is None:
         return "\n".join([*lines, "No committed verdicts to compare with."])
-    before, here = (pd.read_csv(source) for source in (io.StringIO(committed), root / VERDICTS))
-    same, others = compare(before, here)
+    before, after = (pd.read_csv(source) for source in (io.StringIO(committed), root / VERDICTS))
+    same, others = compare(before, after)
     return "\n".join([*lines, f"This machine reproduced {same} of the {len(before)} committed verdicts{':' if others else '.'}", *others])
 
 
@@ -136,24 +148,30 @@ def _without_git(root: Path) -> None:
         subprocess.run([sys.executable, "-m", "dvc", "config", "--local", "core.no_scm", "true"], cwd=root, check=True)
 
 
+def _studies(root: Path) -> list[Path]:
+    """The folders of all studies of the project, the default one first."""
+    home = project(root)
+    return [home, *sorted(path.parent for path in (home / STUDIES).glob(f"*/{config.FILE}"))]
+
+
 def _used(root: Path) -> set[str]:
-    """Fingerprints of the runs that runs/ was filled from."""
-    return {read_json(path)["fingerprint"] for place in (DISTILL, TEACHERS) for path in (root / place).rglob("run.json")}
+    """Fingerprints of the runs that the runs/ of the project's studies were filled from."""
+    places = [study / place for study in _studies(root) for place in (DISTILL, TEACHERS)]
+    return {read_json(path)["fingerprint"] for place in places for path in place.rglob("run.json")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("run", "check", "readme"):
-        commands.add_parser(name)
+        commands.add_parser(name).add_argument("study", nargs="?")
     commands.add_parser("gc").add_argument("--free", action="store_true")
     given = parser.parse_args()
     try:
-        root = config.find_root()
         if given.command == "gc":
-            gc(root, given.free)
+            gc(config.find_root(), given.free)
         else:
-            {"run": run, "check": check, "readme": readme}[given.command](root)
+            {"run": run, "check": check, "readme": readme}[given.command](find(given.study))
     except Refused as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib import config, results
+from kdlib import config, published, results, tables
 
 RANDAUGMENT = {"operations": 0, "magnitude": 0.0, "magnitude_std": 0.0}
 RECIPE = {
@@ -24,6 +24,10 @@ METHODS = {
 }
 GRIDS = {"kd": {"temperature": [1.0, 4.0], "weight": [1.0, 2.0]}, "dkd": {"beta": [1.0, 2.0], "temperature": [1.0, 4.0]}}
 CHOSEN = {"kd": {"temperature": 4.0, "weight": 1.0}, "dkd": {"beta": 2.0, "temperature": 4.0}}
+
+LOOKS_AT = {"no_kd": "no teacher", "maps_only": "maps", "ranks": "embedding"}  # the others: logits
+PLACE = {"data": "digits", "teacher": "big", "student": "net", "sweep": None}
+TABLES = ["data_scale", "recipes", "tuning", "cost", "measures"]
 
 # test top-1 by (comparison, variant), one number per seed 0, 1, 2
 ACCURACY = {
@@ -48,21 +52,39 @@ ACCURACY = {
 }
 
 
+# A second study: every method under one recipe, two more hard labels; test top-1 by (comparison, method), one number per seed 0, 1, 2
+METHODWISE = {
+    ("small", "no_kd"): (0.40, 0.42, 0.41),
+    ("small", "kd"): (0.50, 0.54, 0.52),
+    ("small", "maps_only"): (0.58, 0.62, 0.61),  # leads .08 .08 .09
+    ("small", "dkd"): (0.60, 0.65, 0.62),
+    ("small", "ranks"): (0.40, 0.44, 0.43),  # leads -.10 -.10 -.09
+    ("large", "no_kd"): (0.60, 0.61, 0.62),
+    ("large", "kd"): (0.70, 0.71, 0.72),
+    ("large", "maps_only"): (0.70, 0.72, 0.71),  # leads .00 .01 -.01
+    ("large", "dkd"): (0.72, 0.73, 0.73),
+    ("large", "ranks"): (0.69, 0.70, 0.70),
+    ("large_bce", "kd"): (0.66, 0.66, 0.68),  # -.04 -.05 -.04 against ce
+    ("large_bce", "dkd"): (0.70, 0.72, 0.72),
+    ("large_none", "kd"): (0.71, 0.70, 0.72),
+    ("large_none", "dkd"): (0.73, 0.74, 0.75),
+}
+
+
 def study(**changes: Any) -> config.Study:
     """Two scales, two recipes, one sweep; ``changes`` replace keys of the section ``study``."""
     teacher = {"data": "digits", "model": "net", "size": None, "recipe": "weak", "seed": 0, "checkpoint": None, "min_top1": 0.5}
-    place = {"data": "digits", "teacher": "big", "student": "net", "sweep": None}
     comparisons = {
-        f"{size}_{recipe}": {**place, "fraction": fraction, "recipe": recipe, "methods": list(METHODS)}
+        f"{size}_{recipe}": {**PLACE, "fraction": fraction, "recipe": recipe, "methods": list(METHODS)}
         for size, fraction in (("large", 1.0), ("small", 0.1))
         for recipe in ("weak", "strong")
     }
-    tune = {**place, "fraction": 0.1, "recipe": "weak", "methods": [], "sweep": {"seed": 0, "grids": GRIDS}}
-    headline = {"data": "digits", "weak": "weak", "strong": "strong"}
+    tune = {**PLACE, "fraction": 0.1, "recipe": "weak", "methods": [], "sweep": {"seed": 0, "grids": GRIDS}}
+    headline = {"data": "digits", "recipes": ["weak", "strong"]}
     general = {"seeds": [0, 1, 2], "baseline": "kd", "challengers": ["dkd", "dist"], "confidence": 0.95}
     return config.parse(
         {
-            "study": {**general, "on_divergence": "continue", "checkpoint_seconds": 0.0, "headline": headline, **changes},
+            "study": {**general, "on_divergence": "continue", "checkpoint_seconds": 0.0, "tables": TABLES, "headline": headline, **changes},
             "data": {"digits": DIGITS},
             "teachers": {"big": teacher},
             "recipes": {"weak": RECIPE, "strong": RECIPE},
@@ -70,6 +92,24 @@ def study(**changes: Any) -> config.Study:
             "comparisons": {**comparisons, "tune": tune},
         }
     )
+
+
+SECONDS = {"no_kd": 9.0, "maps_only": 15.0, "ranks": 11.0}  # of seed 0; the others: 10
+
+
+def methodwise(**changes: Any) -> config.Study:
+    """The study of ``METHODWISE``; ``changes`` replace keys of the section ``study``."""
+    content = study().model_dump()
+    content["study"] |= {"tables": ["methods", "losses", "measures"], "headline": {"data": "digits", "recipes": ["weak"]}}
+    content["study"] |= {"challengers": ["no_kd", "maps_only", "dkd", "ranks"], **changes}
+    content["recipes"] = {f"weak{end}": {**RECIPE, "hard_loss": loss} for end, loss in (("", "ce"), ("_bce", "bce"), ("_none", "none"))}
+    content["methods"] = {name: METHODS.get(name, {"weight": 1.0}) for name in ("no_kd", "kd", "maps_only", "dkd", "ranks")}
+    homes = {"large_bce": (1.0, "weak_bce"), "large": (1.0, "weak"), "small": (0.1, "weak"), "large_none": (1.0, "weak_none")}
+    content["comparisons"] = {
+        name: {**PLACE, "fraction": fraction, "recipe": recipe, "methods": [method for home, method in METHODWISE if home == name]}
+        for name, (fraction, recipe) in homes.items()
+    }
+    return config.parse(content)
 
 
 def descriptions(of: config.Study) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -87,19 +127,21 @@ def descriptions(of: config.Study) -> Iterator[tuple[dict[str, Any], dict[str, A
         }
         for variant, (method, parameters) in {**plain, **tuned}.items():
             for seed in of.study.seeds:
-                top1 = ACCURACY[name, variant][seed]
-                yield _run(name, item, (method, variant), parameters, seed), _metrics({"val": top1 - 0.01, "test": top1}, method)
+                top1 = (ACCURACY | METHODWISE)[name, variant][seed]
+                run = _run(name, item, (method, variant), parameters, seed) | {"hard_loss": of.recipes[item.recipe].hard_loss}
+                yield run, _metrics({"val": top1 - 0.01, "test": top1}, method)
 
 
 def _run(name: str, item: config.Comparison, who: tuple[str, str], parameters: dict[str, float], seed: int) -> dict[str, Any]:
     where = {"comparison": name, "data": item.data, "classes": 10, "fraction": item.fraction, "train_images": round(1000 * item.fraction)}
     how = {"teacher": item.teacher, "student": item.student, "recipe": item.recipe, "hard_loss": "ce", "method": who[0], "variant": who[1]}
+    how |= {"looks_at": LOOKS_AT.get(who[0], "logits"), "relational": who[0] in ("dist", "ranks")}
     return {**where, **how, "parameters": parameters, "seed": seed, "trial": False, "fingerprint": "f" * 8}
 
 
 def _metrics(top1: dict[str, float], method: str = "kd") -> dict[str, Any]:
     found: dict[str, Any] = {"status": "finished", "diverged_step": None, "diverged_cause": None, "images_seen": 2000, "steps": 500}
-    found |= {"student_parameters": 12345, "extra_parameters": 7 if method == "dist" else 0}
+    found |= {"student_parameters": 12345, "extra_parameters": {"dist": 7, "maps_only": 1000}.get(method, 0), "step_bytes": 3 * 2**20}
     found |= {"train_flops": 3 * 10**12 if method == "dkd" else 2 * 10**12, "teacher_flops": 0 if method == "no_kd" else 9 * 10**12}
     for split, value in top1.items():
         others = {"top5": 1.0, "nll": 2 - value + 1e-8, "ece": value / 10, "agreement": value, "teacher_kl": 1 - value}
@@ -120,7 +162,8 @@ def write(root: Path, run: dict[str, Any], metrics: dict[str, Any]) -> results.R
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "timing.json").write_text(json.dumps({"seconds": 1.5}))
+    seconds = SECONDS.get(run["method"], 10.0) * (1 + run["seed"])  # the machine slows down from seed to seed
+    (folder / "timing.json").write_text(json.dumps({"student_seconds": seconds, "teacher_seconds_share": 0.5 + run["seed"]}))
     (folder / "curve.csv").write_text("epoch,step,images_seen,loss,loss_hard,val_top1\n1,250,1000,2.5,2.5,\n2,500,2000,1.5,1.5,0.5\n")
     return name
 
@@ -136,3 +179,15 @@ def runs(root: Path, of: config.Study) -> pd.DataFrame:
 
 
 TEACHERS = pd.DataFrame({"teacher": ["big"], "test_top1": [0.9]})
+
+
+def numbers(root: Path, of: config.Study) -> tables.Numbers:
+    """What tables and figures of a study are made of, written below ``root`` and read again; a teacher that was loaded has no curve."""
+    study_on_disk(root, of)
+    for name in of.teachers:
+        results.write_json(root / results.TEACHERS / name / "metrics.json", {"test_top1": 0.9})
+        (root / results.TEACHERS / name / "curve.csv").write_text("epoch,loss,val_top1\n1,2.0,\n2,1.0,0.8\n")
+    published_here = root / published.FILE
+    published_here.parent.mkdir(parents=True)
+    published_here.write_bytes((Path(__file__).parents[1] / published.FILE).read_bytes())
+    return tables.read(root, of)

@@ -9,12 +9,22 @@ from typing import Any
 
 from tests import tiny
 
-PARTS = ["kdlib", "notebooks", "dvc.yaml", ".dvc/config", ".dvcignore", ".gitignore", "pyproject.toml", "results/published"]
+PARTS = [
+    "kdlib",
+    "notebooks",
+    "dvc.yaml",
+    "studies/methods/dvc.yaml",
+    ".dvc/config",
+    ".dvcignore",
+    ".gitignore",
+    "pyproject.toml",
+    "results/published",
+]
 README = "# A copy\n\n<!-- results:begin -->\n<!-- results:end -->\n"
 
 
 def copy(folder: Path, content: dict[str, Any] | None = None, git: bool = True) -> Path:
-    """The project's parts in ``folder``, with the tiny params.yaml; committed if ``git``. Returns ``folder``."""
+    """The project's parts in ``folder``, with tiny params.yaml of both studies; committed if ``git``. Returns ``folder``."""
     for part in PARTS:
         source, target = tiny.ROOT / part, folder / part
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +33,9 @@ def copy(folder: Path, content: dict[str, Any] | None = None, git: bool = True) 
         else:
             shutil.copyfile(source, target)
     tiny.write(folder, content)
-    (folder / "README.md").write_text(README)
+    tiny.write(folder / "studies" / "methods", tiny.methods())
+    for place in (folder, folder / "studies" / "methods"):
+        (place / "README.md").write_text(README)
     if git:
         run(folder, "git", "init", "-q")
         commit(folder, "start")

@@ -184,7 +184,8 @@ def wrong(value: object) -> st.SearchStrategy[Any]:
         return containers | st.text() | st.booleans() | st.none() | st.sampled_from([math.nan, math.inf, -math.inf])
     if isinstance(value, str):
         return containers | numbers | st.booleans() | st.none()
-    return numbers | st.booleans() | st.lists(st.none(), max_size=2)  # null, where a text or keys may stand instead
+    # null, where a text, keys or a size of 8 pixels or more may stand instead
+    return st.integers(max_value=7) | st.floats() | st.booleans() | st.lists(st.none(), max_size=2)
 
 
 @pytest.mark.parametrize("key", LEAVES)
@@ -269,6 +270,8 @@ RANGES = {
     "study.seeds": ([], [0, 1, 0], 3),
     "study.seeds.0": (-1, 2**63, 1.0),
     "study.confidence": (0, 1, 1.5, -0.5),
+    "study.tables": ([],),
+    "study.headline.recipes": ([], ["weak", "strong", "weak"]),
     "study.checkpoint_seconds": (-1,),
     "study.on_divergence": ("Fail", "stop"),
     "data.fractals.classes": (1, 0, 2.5),
@@ -346,8 +349,8 @@ REFERENCES = {
     "study.baseline": ("kdd", "kd"),
     "study.challengers.0": ("dk", "dkd"),
     "study.headline.data": ("fractal", "fractals"),
-    "study.headline.weak": ("week", "weak"),
-    "study.headline.strong": ("stron", "strong"),
+    "study.headline.recipes.0": ("week", "weak"),
+    "study.tables.1": ("recipe", "recipes"),
     "data.fractals.source": ("fractal", "fractals"),
     "data.my_digits.source": ("digit", "digits"),
     "teachers.small.data": ("fractale", "fractals"),
@@ -397,6 +400,8 @@ def test_a_sweep_tries_every_method_equally_often(grids: dict[str, Any], counts:
     [
         ("study.seeds", [1, 2, 1]),
         ("study.challengers", ["dkd", "dkd"]),
+        ("study.tables", ["cost", "measures", "cost"]),
+        ("study.headline.recipes", ["weak", "weak"]),
         ("study.challengers", ["dkd", "kd"]),  # the baseline would challenge itself
         ("comparisons.small_weak.methods", ["kd", "kd"]),
         ("comparisons.tuned.sweep.grids.kd.temperature", [1, 1.0]),
@@ -454,9 +459,8 @@ def test_a_trial_takes_what_its_grid_does_not_name_from_methods() -> None:
         "trial/dkd.beta_0.25",
         "trial/dkd.beta_1e-07",
     ]
-    assert trials[2] == plan.Variant(
-        "trial/dkd.beta_0.25", "dkd", {"hard_weight": 1.0, "weight": 1.0, "alpha": 0.5, "beta": 0.25, "temperature": 1.0}, trial=True
-    )
+    own = {"hard_weight": 1.0, "weight": 1.0, "warmup": 0.0, "alpha": 0.5, "beta": 0.25, "temperature": 1.0}
+    assert trials[2] == plan.Variant("trial/dkd.beta_0.25", "dkd", own, trial=True)
     assert plan.trials_of(study.comparisons["small_weak"], study) == []
 
 

@@ -16,7 +16,9 @@ from ruamel.yaml import YAML
 
 from kdlib import plan, provenance, results
 from kdlib.config import load
+from kdlib.losses import METHODS
 from kdlib.notebook import describe
+from kdlib.types import Part
 from tests import project, tiny
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(600)]
@@ -147,6 +149,93 @@ def test_editing_the_report_trains_nothing(done: tuple[Path, str]) -> None:
     project.dvc(folder, "repro")
 
 
+@pytest.fixture(scope="module")
+def second(done: tuple[Path, str]) -> tuple[Path, str, dict[Path, bytes]]:
+    """studies/methods beside the finished default study, run from its own folder; what it printed; the default study's files before."""
+    folder, _ = done
+    project.dvc(folder, "repro")
+    before = {path: path.read_bytes() for path in default_files(folder)}
+    place = folder / "studies/methods"
+    return place, project.run(place, "env", f"PYTHONPATH={folder}", "python", "-m", "kdlib.study", "run"), before
+
+
+def default_files(folder: Path) -> list[Path]:
+    """What the default study has written, and reads."""
+    places = [folder / part for part in ("runs", "results", "build")]
+    return [path for place in places for path in sorted(place.rglob("*")) if path.is_file()] + [folder / "dvc.lock", folder / "README.md"]
+
+
+def test_a_second_study_makes_its_tables_figures_and_readme(second: tuple[Path, str, dict[Path, bytes]]) -> None:
+    place, printed, _ = second
+    runs = pd.read_csv(place / "results/runs.csv")
+    assert list(zip(runs["comparison"], runs["variant"], runs["seed"], strict=True)) == plan.expected(load(place))
+    assert set(runs["method"]) == set(METHODS)
+    assert (runs["status"] == "finished").all()
+    assert runs["step_bytes"].gt(0).all()
+    for table in ("methods", "losses", "measures"):
+        for form in ("md", "csv", "tex"):
+            assert (place / f"results/tables/{table}.{form}").stat().st_size > 0
+    figures = {path.name for path in (place / "results/figures").iterdir()}
+    assert figures == {f"{name}.{form}" for name in ("methods", "methods_cost", "teachers") for form in ("svg", "png")}
+    block = (place / "results/headline.md").read_text().strip()
+    assert block in (place / "README.md").read_text()
+    assert block in printed
+
+
+def test_a_method_says_what_it_looks_at(second: tuple[Path, str, dict[Path, bytes]]) -> None:
+    place, _, _ = second
+    runs = pd.read_csv(place / "results/runs.csv")
+    for method, looks, relational in set(zip(runs["method"], runs["looks_at"], runs["relational"], strict=True)):
+        asked = METHODS[method].asks_teacher | METHODS[method].asks_student
+        parts = {part.value for part in Part if part.value in looks}
+        assert relational == METHODS[method].relational
+        assert parts == ({part.value for part in asked - {Part.LOGITS}} or ({"logits"} if METHODS[method].asks_teacher else set()))
+    assert len(set(runs["looks_at"])) > 4
+
+
+def test_a_second_study_reuses_runs_and_leaves_the_default_one_alone(second: tuple[Path, str, dict[Path, bytes]]) -> None:
+    place, printed, before = second
+    folder = place.parents[1]
+    assert {path: path.read_bytes() for path in default_files(folder)} == before
+    assert project.stages(project.dvc(folder, "repro")) == []
+    lines = project.trained(printed)
+    assert not [line for line in lines if line.startswith("teacher")]
+    small = [line for line in lines if line.startswith("small seed 0")]
+    assert small and not any(f" {method} " in line for line in small for method in ("no_kd", "kd", "dkd", "dist")), small
+    assert "small seed 0  4 of" in printed
+    ignored = project.run(folder, "git", "status", "--short", "--untracked-files=all")
+    assert not re.search(r"studies/methods/(runs|build|\.state)/", ignored), ignored
+
+
+def test_a_second_study_runs_the_projects_code(second: tuple[Path, str, dict[Path, bytes]]) -> None:
+    """From the project's folder, by name; nothing says where kdlib is but the study's own dvc.yaml."""
+    place, _, _ = second
+    folder = place.parents[1]
+    edit(folder, "Which loss on the hard label, beside", "What hard label, beside", "kdlib/tables/by_label.py")
+    printed = project.run(folder, "python", "-m", "kdlib.study", "run", "methods")
+    assert project.stages(printed) == ["tables"]
+    assert "Tables: studies/methods/results/tables" in printed
+    assert (place / "results/tables/losses.md").read_text().startswith("### What hard label, beside")
+    edit(folder, "What hard label, beside", "Which loss on the hard label, beside", "kdlib/tables/by_label.py")
+    project.run(folder, "python", "-m", "kdlib.study", "run", "methods")
+
+
+def test_runs_of_every_study_are_used(second: tuple[Path, str, dict[Path, bytes]]) -> None:
+    place, _, _ = second
+    folder = place.parents[1]
+    shown = [project.run(where, "env", f"PYTHONPATH={folder}", "python", "-m", "kdlib.study", "gc") for where in (folder, place)]
+    unused = [re.search(r"(\d+) runs, .*\n +not used by any runs/: (\d+) runs", text) for text in shown]
+    assert unused[0] and unused[1] and unused[0].groups() == unused[1].groups()
+    used = {results.read_json(path)["fingerprint"] for home in (folder, place) for path in (home / "runs").rglob("run.json")}
+    assert int(unused[0][1]) - int(unused[0][2]) == len(used)
+
+
+def test_a_study_that_is_not_there_is_refused(done: tuple[Path, str]) -> None:
+    folder, _ = done
+    said = project.run(folder, "python", "-m", "kdlib.study", "run", "method", code=1)
+    assert said == "STUDY: found 'method'; allowed: methods; leave it out for the default study\n"
+
+
 @pytest.mark.long
 def test_temporary_experiments_reuse_the_other_runs(done: tuple[Path, str]) -> None:
     folder, _ = done
@@ -202,7 +291,7 @@ def test_gc_shows_and_frees(done: tuple[Path, str]) -> None:
     shown = project.run(folder, "python", "-m", "kdlib.study", "gc")
     assert "nothing was deleted" in shown
     project.run(folder, "python", "-m", "kdlib.study", "gc", "--free")
-    assert "not used by runs/: 0 runs" in project.run(folder, "python", "-m", "kdlib.study", "gc")
+    assert "not used by any runs/: 0 runs" in project.run(folder, "python", "-m", "kdlib.study", "gc")
     assert project.trained(project.dvc(folder, "repro")) == []
 
 
@@ -256,7 +345,7 @@ def test_an_orphaned_study_and_two_at_once_end_as_one_does(undisturbed: Path, tm
     printed = [study.communicate()[0] for study in (first, second)]
     orphaned.communicate()  # not earlier: closing its pipe would end the dvc that writes to it
     assert [first.returncode, second.returncode] == [0, 0], printed
-    assert all("another study runs in this folder" in text for text in printed)
+    assert all("another study runs in this project" in text for text in printed)
     same_results(folder, undisturbed)
 
 
@@ -283,9 +372,16 @@ def test_code_edited_during_a_stage_is_not_recorded(tmp_path: Path) -> None:
     assert not (folder / "runs/notebooks").exists()
 
 
-@pytest.mark.parametrize("title", ["data@fractals", "teacher@fractals", "distill@small_weak", "tables"])
-def test_a_stage_depends_on_every_module_that_its_notebook_imports(title: str) -> None:
-    stage = describe(tiny.ROOT, title)
+STUDIES = {"": tiny.ROOT, "methods": tiny.ROOT / "studies" / "methods"}
+TITLES = ["data@fractals", "teacher@fractals", "tables"]
+
+
+@pytest.mark.parametrize(
+    ("study", "title"),
+    [("", "distill@small_weak"), ("methods", "distill@small"), *((study, title) for study in STUDIES for title in TITLES)],
+)
+def test_a_stage_depends_on_every_module_that_its_notebook_imports(study: str, title: str) -> None:
+    stage = describe(STUDIES[study], title)
     notebook = json.loads((tiny.ROOT / "notebooks" / stage.notebook.name).read_text())
     named: set[str] = set()
     for cell in notebook["cells"]:
@@ -295,10 +391,19 @@ def test_a_stage_depends_on_every_module_that_its_notebook_imports(title: str) -
                     named |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     modules = provenance.closure(name for name in named if name.startswith("kdlib.") and provenance.path(name).is_file())
     files = {provenance.path(module).relative_to(tiny.ROOT).as_posix() for module in modules}
-    deps = {dep for dep in stage.deps if dep.startswith("kdlib")}
+    kdlib = Path(os.path.relpath(tiny.ROOT, STUDIES[study])) / "kdlib"
+    deps = {f"kdlib/{Path(dep).relative_to(kdlib)}" for dep in stage.deps if Path(dep).is_relative_to(kdlib)}
     covered = {dep: {file for file in files if file == dep or file.startswith(dep + "/")} for dep in deps}
     assert files == set().union(*covered.values()), "a module that the notebook imports is not a dep"
     assert all(covered.values()), f"deps that it does not import: {[dep for dep, found in covered.items() if not found]}"
+
+
+def test_another_study_has_the_stages_of_the_default_one() -> None:
+    """The same but for the way to what all studies share: notebooks, kdlib, published numbers."""
+    default, other = ((folder / "dvc.yaml").read_text().partition("stages:\n")[2] for folder in STUDIES.values())
+    assert other.replace("PYTHONPATH=../.. python", "python").replace("../../", "") == default
+    assert not re.search(r"(?<!\.\./\.\./)(kdlib/|results/published|(?<!runs/)notebooks/)", other)
+    assert not re.search(r"(?<!PYTHONPATH=\.\./\.\. )python -m", other), "the kdlib that is installed may be another project's"
 
 
 def test_stage_names_do_not_collide() -> None:

@@ -7,11 +7,10 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from kdlib import plots, published
+from kdlib import plots, tables
 from kdlib.config import Study
+from kdlib.plots import scales
 from tests import builders
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +19,18 @@ def study() -> Study:
 
 
 @pytest.fixture(scope="module")
-def runs(study: Study, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    return builders.runs(tmp_path_factory.mktemp("study"), study)
+def found(study: Study, tmp_path_factory: pytest.TempPathFactory) -> tables.Numbers:
+    return builders.numbers(tmp_path_factory.mktemp("study"), study)
 
 
 @pytest.fixture(scope="module")
-def numbers() -> pd.DataFrame:
-    return published.read(ROOT)
+def runs(found: tables.Numbers) -> pd.DataFrame:
+    return found.runs
+
+
+@pytest.fixture(scope="module")
+def numbers(found: tables.Numbers) -> pd.DataFrame:
+    return found.published
 
 
 def curves(runs: pd.DataFrame) -> pd.DataFrame:
@@ -35,6 +39,12 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:
         rows.assign(images_seen=1000 * epoch, epoch=epoch, val_top1=rows["test_top1"] * epoch / 3, loss=3.0 / epoch) for epoch in (1, 2, 3)
     ]
     return pd.concat(parts, ignore_index=True)
+
+
+def test_the_figures_are_those_of_the_tables(study: Study, found: tables.Numbers) -> None:
+    assert list(plots.build(study, found)) == ["teachers", "data_scale", "accuracy_digits", "learning_curves_digits", "grid_tune"]
+    assert list(plots.build(builders.study(tables=["cost", "measures"]), found)) == ["teachers"]
+    assert set(plots.FIGURES) <= set(tables.TABLES)
 
 
 def test_the_figure_of_data_scale_draws_the_leads(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
@@ -52,7 +62,7 @@ def test_the_figure_of_data_scale_draws_the_leads(study: Study, runs: pd.DataFra
 
 
 def test_the_other_figures_show_every_run(study: Study, runs: pd.DataFrame) -> None:
-    dots = plots.accuracy(study, runs, "digits")
+    dots = scales.accuracy(study, runs, "digits")
     assert (
         sum(len(collection.get_offsets()) for panel in dots.axes for collection in panel.collections if len(collection.get_offsets()) == 3)
         == 48

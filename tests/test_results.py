@@ -44,9 +44,9 @@ def test_runs_csv_by_hand(tmp_path: Path) -> None:
     head, row = text.removesuffix("\n").split("\n")
     assert head == ",".join(results.COLUMNS)
     assert row == (
-        "tune,digits,10,0.100000,100,big,net,weak,ce,kd,trial/kd.temperature_1.weight_1,"
+        "tune,digits,10,0.100000,100,big,net,weak,ce,kd,trial/kd.temperature_1.weight_1,logits,False,"
         '"{""hard_weight"":1.0,""weight"":1.0,""temperature"":1.0}",0,True,ffffffff,'
-        "finished,,,2000,500,12345,0,2000000000000,9000000000000,"
+        "finished,,,2000,500,12345,0,3145728,2000000000000,9000000000000,"
         "0.610000,1.000000,1.390000,0.061000,0.610000,0.390000,,,,,,"
     )
 
@@ -85,7 +85,9 @@ def test_curves_and_timing_carry_the_run(study_root: tuple[Path, list[results.Ru
     assert list(curves.columns) == ["comparison", "variant", "seed", "epoch", "step", "images_seen", "loss", "loss_hard", "val_top1"]
     assert list(zip(curves["comparison"], curves["variant"], curves["seed"], strict=True)) == [run for run in wanted for _ in range(2)]
     assert curves["val_top1"].isna().to_list() == [True, False, True, False]
-    assert results.timing(root, wanted)["seconds"].to_list() == [1.5, 1.5]
+    timing = results.timing(root, wanted)
+    assert timing["student_seconds"].to_list() == [30.0, 10.0]
+    assert timing["teacher_seconds_share"].to_list() == [2.5, 0.5]
 
 
 def test_teachers(tmp_path: Path) -> None:

@@ -114,8 +114,9 @@ def test_two_studies_at_once_train_each_run_once(tmp_path: Path) -> None:
         process.join(100)
         assert process.exitcode == 0
     assert sorted("step 12/12" in log.read_text() for log in logs) == [False, True]
-    assert sorted("4 of 4 runs are finished already" in log.read_text() for log in logs) == [False, True]
-    assert len(Store(tmp_path / "shared" / "kdlib-runs").sizes()) == 4
+    n = len(training.MIXABLE)
+    assert sorted(f"{n} of {n} runs are finished already" in log.read_text() for log in logs) == [False, True]
+    assert len(Store(tmp_path / "shared" / "kdlib-runs").sizes()) == n
     assert training.numbers(roots[0]) == training.numbers(roots[1])
     alone = training.fresh(tmp_path / "alone", params)
     Experiment(alone).distill(training.COMPARISON)

@@ -1,5 +1,6 @@
 """Tables and README from a small study whose numbers can be computed by hand."""
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kdlib import published, tables
+from kdlib import config, published, schema, tables
 from kdlib.config import Refused, Study
+from kdlib.tables.leads import hard_labels
 from kdlib.tables.render import MINUS, latex, markdown, number
 from tests import builders
 
@@ -22,18 +24,23 @@ def study() -> Study:
 
 
 @pytest.fixture(scope="module")
-def runs(study: Study, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    return builders.runs(tmp_path_factory.mktemp("study"), study)
+def found(study: Study, tmp_path_factory: pytest.TempPathFactory) -> tables.Numbers:
+    return builders.numbers(tmp_path_factory.mktemp("study"), study)
 
 
 @pytest.fixture(scope="module")
-def numbers() -> pd.DataFrame:
-    return published.read(ROOT)
+def runs(found: tables.Numbers) -> pd.DataFrame:
+    return found.runs
 
 
 @pytest.fixture(scope="module")
-def everything(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame) -> dict[str, tables.Table]:
-    return {table.name: table for table in tables.build(study, runs, numbers, builders.TEACHERS)}
+def numbers(found: tables.Numbers) -> pd.DataFrame:
+    return found.published
+
+
+@pytest.fixture(scope="module")
+def everything(study: Study, found: tables.Numbers) -> dict[str, tables.Table]:
+    return {table.name: table for table in tables.build(study, found)}
 
 
 def pick(frame: pd.DataFrame, **where: object) -> pd.Series:
@@ -95,15 +102,17 @@ def test_a_diverged_run_reduces_n_and_its_pair(study: Study, runs: pd.DataFrame,
     assert (change["n"], change["mean"]) == (2, pytest.approx((0.08 + 0.09) / 2))
 
 
-def test_what_nobody_measured_is_blank(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
+def test_what_nobody_measured_is_blank(study: Study, found: tables.Numbers) -> None:
+    runs = found.runs
     for seed in (0, 1, 2):
         runs = diverge(runs, "small_weak", "dkd", seed)
     row = pick(tables.leads(study, runs), question="lead", comparison="small_weak", method="dkd")
     assert (row["n"], row["verdict"]) == (0, "")
-    shown = tables.data_scale(study, runs, numbers).shown
+    found = dataclasses.replace(found, runs=runs)
+    shown = tables.build(study, found)[0].shown
     assert pick(shown, recipe="weak", **{"training images": "10 % (100 images)"})["dkd minus kd"] == ""
     assert "dkd" not in tables.metrics_summary(runs)["small_weak"]
-    assert any("not measured" in line for line in tables.readme_block(study, runs, numbers, "x.svg").split("\n"))
+    assert any("not measured" in line for line in tables.headline(study, found, []).split("\n"))
 
 
 def test_data_scale_shows_ours_and_the_papers_with_sources(everything: dict[str, tables.Table]) -> None:
@@ -183,9 +192,8 @@ def test_verdicts_and_summary_are_what_another_machine_compares(study: Study, ru
     assert tables.metrics_summary(runs)["tune"] == {"kd_tuned": 0.626667, "dkd_tuned": 0.636667}
 
 
-def test_tables_do_not_depend_on_the_order_of_rows(study: Study, runs: pd.DataFrame, everything: dict[str, tables.Table]) -> None:
-    numbers = published.read(ROOT)
-    turned = tables.data_scale(study, runs.iloc[::-1].reset_index(drop=True), numbers)
+def test_tables_do_not_depend_on_the_order_of_rows(study: Study, found: tables.Numbers, everything: dict[str, tables.Table]) -> None:
+    turned = tables.TABLES["data_scale"].tables(study, dataclasses.replace(found, runs=found.runs.iloc[::-1].reset_index(drop=True)))[0]
     assert markdown(turned) == markdown(everything["data_scale"])
 
 
@@ -217,9 +225,10 @@ def test_numbers_as_people_read_them() -> None:
     assert [number(value, 3) for value in (1.26, -0.0006, -0.0004)] == ["1.260", f"{MINUS}0.001", "0.000"]
 
 
-def test_readme_answers_with_the_numbers(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
-    block = tables.readme_block(study, runs, numbers, "results/data_scale.svg").replace(MINUS, "-")
-    assert "](results/data_scale.svg)" in block
+def test_readme_answers_with_the_numbers(study: Study, found: tables.Numbers) -> None:
+    assert "](results/figures" not in tables.headline(study, found, ["teachers"])
+    block = tables.headline(study, found, ["teachers", "data_scale"]).replace(MINUS, "-")
+    assert "](results/figures/data_scale.png)" in block
     assert (
         "- recipe weak, 10 % → 100 %: dkd's lead over kd +10.3 [+8.9, +11.8] → +1.7 [+0.2, +3.1]: it **shrinks** with more data "
         "(difference +8.7 [+7.2, +10.1], n=3)."
@@ -247,3 +256,35 @@ def test_published_numbers_keep_their_gaps_and_sources(numbers: pd.DataFrame) ->
     assert accuracies["top1"].between(0.5, 1).all()
     assert accuracies[["kind", "source"]].notna().all(axis=None)
     assert accuracies[(accuracies["recipe"] == "A1") & (accuracies["method"] == "dist")].empty
+
+
+def test_studies_share_the_projects_published_numbers(tmp_path: Path) -> None:
+    inner = tmp_path / "studies" / "mine"
+    for folder, value in ((tmp_path, "1"), (inner, "2")):
+        (folder / published.FILE).parent.mkdir(parents=True)
+        (folder / published.FILE).write_text(f"table,epochs,value\nfigure1,,{value}\n")
+    assert published.read(inner)["value"].to_list() == [2.0], "a study may have its own"
+    (inner / published.FILE).unlink()
+    assert published.read(inner)["value"].to_list() == [1.0]
+
+
+def test_the_registry_makes_what_params_yaml_may_name() -> None:
+    assert set(tables.TABLES) == set(schema.TABLES)
+
+
+def test_a_headline_needs_a_table(found: tables.Numbers) -> None:
+    with pytest.raises(Refused, match=r"^params\.yaml: study\.tables: found 'losses'; allowed: first a table .*; put another one first$"):
+        tables.headline(builders.study(tables=["losses", "cost"]), found, [])
+
+
+def test_comparisons_that_differ_in_more_than_the_hard_label_are_no_set(study: Study, runs: pd.DataFrame) -> None:
+    content = study.model_dump()
+    content["recipes"]["strong"] |= {"hard_loss": "bce", "mixup_alpha": 0.1}
+    assert hard_labels(config.parse(content)) == []
+    content["recipes"]["strong"] |= {"mixup_alpha": 0.0}
+    groups = hard_labels(config.parse(content))
+    assert groups == [{"ce": "small_weak", "bce": "small_strong"}, {"ce": "large_weak", "bce": "large_strong"}]
+    changed = config.parse(content)
+    assert [table.name for table in tables.TABLES["losses"].tables(changed, tables.Numbers(runs, *[pd.DataFrame()] * 5))] == [
+        *("losses", "losses_large_weak")
+    ]

@@ -44,7 +44,8 @@ _CONTENT: dict[str, Any] = {
         "confidence": 0.95,
         "on_divergence": "continue",
         "checkpoint_seconds": 0,
-        "headline": {"data": "fractals", "weak": "weak", "strong": "strong"},
+        "tables": ["data_scale", "recipes", "tuning", "cost", "measures"],
+        "headline": {"data": "fractals", "recipes": ["weak", "strong"]},
     },
     "data": {
         "fractals": {
@@ -90,6 +91,18 @@ _CONTENT: dict[str, Any] = {
 def content() -> dict[str, Any]:
     """A params.yaml that can be changed at will."""
     return copy.deepcopy(_CONTENT)
+
+
+def methods() -> dict[str, Any]:
+    """The same for studies/methods: every method at two scales, and three hard labels. Its ``small`` is the other's ``small_weak``."""
+    made = content()
+    kept = config.read(ROOT / "studies" / "methods")
+    made["study"] |= {key: kept["study"][key] for key in ("challengers", "tables", "headline")}
+    made["methods"] = kept["methods"]
+    made["recipes"] = {"weak": _PLAIN} | {f"weak_{loss}": _PLAIN | {"hard_loss": loss} for loss in ("bce", "none")}
+    made["comparisons"] = {name: item | _STUDENT for name, item in kept["comparisons"].items()}
+    made["comparisons"]["small"] |= {"fraction": 0.5}
+    return made
 
 
 def write(folder: Path, changed: dict[str, Any] | None = None) -> Path:

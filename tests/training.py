@@ -49,7 +49,10 @@ def prepared() -> Path:
     return root
 
 
-def content(*, epochs: float = 1.0, methods: Sequence[str] = tuple(METHODS), seeds: Sequence[int] = (0,), **study: Any) -> dict[str, Any]:
+MIXABLE = tuple(name for name, method in METHODS.items() if not method.unmixed)  # those that the strong recipe can train
+
+
+def content(*, epochs: float = 1.0, methods: Sequence[str] = MIXABLE, seeds: Sequence[int] = (0,), **study: Any) -> dict[str, Any]:
     """params.yaml with one comparison: strong recipe, drop path, a checkpoint after every step."""
     made = tiny.content()
     made["study"] |= {"seeds": list(seeds), **study}
@@ -104,7 +107,7 @@ def setting(seed: int = 0, index: np.ndarray | None = None, taught_by: Teacher |
 
 def method(name: str) -> Callable[[], Method]:
     """With the parameters of the study's params.yaml."""
-    return lambda: METHODS[name](**config.read(ROOT)["methods"][name])
+    return lambda: METHODS[name](**config.load(ROOT).methods[name])
 
 
 def trained(

@@ -1,32 +1,94 @@
-"""runs.csv -> the tables of the study."""
+"""runs.csv -> the tables of a study."""
 
 import statistics
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
-from kdlib.config import Study
+from kdlib import plan, published, results
+from kdlib.config import Study, refuse
+from kdlib.tables.by_label import losses
+from kdlib.tables.by_method import methods
 from kdlib.tables.comparisons import accuracies as accuracies
 from kdlib.tables.comparisons import data_scale, measures, recipes
 from kdlib.tables.effort import cost, grids, tuning
 from kdlib.tables.effort import grid as grid
 from kdlib.tables.effort import sweeps as sweeps
 from kdlib.tables.leads import by_seed
+from kdlib.tables.leads import hard_labels as hard_labels
 from kdlib.tables.leads import leads as leads
 from kdlib.tables.leads import verdicts as verdicts
+from kdlib.tables.readme import changes, labelled, ranked, readme_block, tuned
 from kdlib.tables.readme import insert_between_markers as insert_between_markers
-from kdlib.tables.readme import readme_block as readme_block
 from kdlib.tables.render import Table
 from kdlib.tables.render import markdown as markdown
 from kdlib.tables.render import pipe as pipe
 from kdlib.tables.render import write as write
 
 
-def build(study: Study, runs: pd.DataFrame, published: pd.DataFrame, teachers: pd.DataFrame) -> list[Table]:
-    """Every table of the study, the headline first. ``runs``, ``teachers``: kdlib.results; ``published``: kdlib.published.read."""
-    tables = [data_scale(study, runs, published), recipes(study, runs, published, teachers)]
-    if sweeps(study):
-        tables += [tuning(study, runs), *grids(study, runs)]
-    return [*tables, cost(study, runs), measures(study, runs)]
+@dataclass(frozen=True)
+class Numbers:
+    """What tables and figures are made of."""
+
+    runs: pd.DataFrame  # kdlib.results.collect
+    curves: pd.DataFrame
+    timing: pd.DataFrame  # seconds: they differ from run to run
+    teachers: pd.DataFrame
+    teacher_curves: pd.DataFrame
+    published: pd.DataFrame  # kdlib.published.read
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name that study.tables may hold: its tables, and what they say in a sentence each."""
+
+    tables: Callable[[Study, Numbers], list[Table]]  # none for a study that has nothing of the kind
+    sentences: Callable[[Study, pd.DataFrame], list[str]] = lambda study, runs: []  # noqa: ARG005
+
+
+TABLES: dict[str, Entry] = {
+    "data_scale": Entry(lambda study, of: [data_scale(study, of.runs, of.published)], changes),
+    "recipes": Entry(lambda study, of: [recipes(study, of.runs, of.published, of.teachers)]),
+    "tuning": Entry(lambda study, of: [tuning(study, of.runs), *grids(study, of.runs)] if sweeps(study) else [], tuned),
+    "methods": Entry(lambda study, of: methods(study, of.runs, of.timing, of.published), ranked),
+    "losses": Entry(lambda study, of: losses(study, of.runs), labelled),
+    "cost": Entry(lambda study, of: [cost(study, of.runs)]),
+    "measures": Entry(lambda study, of: [measures(study, of.runs)]),
+}
+
+
+def read(root: Path, study: Study) -> Numbers:
+    """The numbers of exactly the runs that params.yaml asks for. Raises ``Refused`` when one is missing."""
+    expected = plan.expected(study)
+    return Numbers(
+        results.collect(root, expected),
+        results.curves(root, expected),
+        results.timing(root, expected),
+        results.teachers(root, study.teachers),
+        results.teacher_curves(root, study.teachers),
+        published.read(root),
+    )
+
+
+def build(study: Study, numbers: Numbers) -> list[Table]:
+    """Every table that study.tables names, in its order."""
+    return [table for name in study.study.tables for table in TABLES[name].tables(study, numbers)]
+
+
+def headline(study: Study, numbers: Numbers, figures: Collection[str]) -> str:
+    """results/headline.md: what every table says on the headline's data set, then the first table, below its figure if it has one.
+
+    ``figures``: what lies in results/figures. Raises ``Refused`` when the study has nothing for its first table.
+    """
+    first = study.study.tables[0]
+    found = TABLES[first].tables(study, numbers)
+    if not found:
+        raise refuse("study.tables", first, "first a table that the comparisons have something for", "put another one first")
+    sentences = [sentence for name in study.study.tables for sentence in TABLES[name].sentences(study, numbers.runs)]
+    figure = f"results/figures/{found[0].name}.png" if found[0].name in figures else None
+    return readme_block(study, sentences, found[0], figure)
 
 
 def metrics_summary(runs: pd.DataFrame) -> dict[str, dict[str, float]]:

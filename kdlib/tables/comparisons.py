@@ -27,7 +27,7 @@ def sure(study: Study) -> str:
 def data_scale(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame) -> Table:
     """The challengers' lead at each scale and recipe, how it changes, and the gaps of the paper's Figure 1."""
     ours = leads(study, runs)
-    ours = ours[ours["question"] != "tuning"].assign(source=HERE)
+    ours = ours[ours["question"].isin(("lead", "scale", "recipe"))].assign(source=HERE)
     paper = published.figure1(numbers).rename(columns={"lead": "mean"})
     paper = paper[paper["method"].isin(study.study.challengers) & (paper["baseline"] == study.study.baseline)]
     paper = paper.assign(question="published", source=f"{PAPER}, Figure 1, " + paper["kind"] + ": " + paper["source"]).drop(columns="kind")

@@ -1,7 +1,7 @@
 """Who leads whom, by how much, and how sure that is: every difference that the tables, the figures and the README speak of."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -20,7 +20,7 @@ _ABOUT_LEADS = {"better": "shrinks", "worse": "grows", "inconclusive": "inconclu
 
 @dataclass(frozen=True)
 class _Row:
-    question: str  # lead | scale | recipe | tuning
+    question: str  # lead | scale | recipe | hard label | tuning
     comparison: str
     recipe: str
     scale: str
@@ -56,10 +56,12 @@ def leads(study: Study, runs: pd.DataFrame) -> pd.DataFrame:
     """Every difference with its interval, paired by seed; in [-1, 1]. Columns as ``COLUMNS``. The questions:
 
     lead: a challenger minus the baseline. scale: its lead with the fewest images minus its lead with the most.
-    recipe: its lead under the headline's weak recipe minus under the strong one. tuning: methods with the point that a sweep chose.
+    recipe: its lead under the headline's first recipe minus under its second. hard label: a method under a recipe minus the same method
+    under the recipe that differs in the hard label's loss alone. tuning: methods with the point that a sweep chose.
     Holm's correction is over a question's answers on one data set. Verdicts on scale and recipe say what the lead does: shrinks or grows.
     """
-    rows = [*_leads(study, runs), *_scales(study, runs), *_recipes(study, runs), *_tunings(study, runs)]
+    makers = (_leads, _scales, _recipes, _hard_labels, _tunings)
+    rows = [row for maker in makers for row in maker(study, runs)]
     frame = pd.DataFrame([_tell(row, study, runs) for row in rows], columns=COLUMNS)
     if frame.empty:
         return frame
@@ -91,6 +93,34 @@ def ordered(study: Study) -> list[str]:
     return sorted(study.comparisons, key=key)
 
 
+def contests(study: Study) -> dict[tuple[str, str, str], dict[tuple[str, float], str]]:
+    """(data, teacher, student) -> (recipe, fraction) -> the comparison that pits challengers against the baseline there."""
+    found: dict[tuple[str, str, str], dict[tuple[str, float], str]] = {}
+    for name in ordered(study):
+        item = study.comparisons[name]
+        if study.study.baseline in item.methods and _challengers(study, item):
+            found.setdefault((item.data, item.teacher, item.student), {}).setdefault((item.recipe, item.fraction), name)
+    return found
+
+
+def hard_labels(study: Study) -> list[dict[str, str]]:
+    """Comparisons that differ in the hard label's loss alone: loss -> comparison, in params.yaml's order of the recipes."""
+    found: dict[tuple[object, ...], dict[str, str]] = {}
+    for name in ordered(study):
+        item = study.comparisons[name]
+        recipe = study.recipes[item.recipe]
+        rest = (item.data, item.teacher, item.student, item.fraction, recipe.model_copy(update={"hard_loss": ""}))
+        if item.methods:
+            found.setdefault(rest, {}).setdefault(recipe.hard_loss, name)
+    return [group for group in found.values() if len(group) > 1]
+
+
+def in_all(study: Study, comparisons: Iterable[str]) -> list[str]:
+    """The methods that every one of these comparisons has, in params.yaml's order."""
+    lists = [study.comparisons[name].methods for name in comparisons]
+    return [method for method in study.methods if all(method in methods for methods in lists)]
+
+
 def _tell(row: _Row, study: Study, runs: pd.DataFrame) -> dict[str, object]:
     first = row.comparison.split(" minus ")[0]
     item = study.comparisons[first]
@@ -106,16 +136,6 @@ def _tell(row: _Row, study: Study, runs: pd.DataFrame) -> dict[str, object]:
     }
 
 
-def _measured(study: Study) -> dict[tuple[str, str, str], dict[tuple[str, float], str]]:
-    """(data, teacher, student) -> (recipe, fraction) -> the comparison that pits challengers against the baseline there."""
-    found: dict[tuple[str, str, str], dict[tuple[str, float], str]] = {}
-    for name in ordered(study):
-        item = study.comparisons[name]
-        if study.study.baseline in item.methods and _challengers(study, item):
-            found.setdefault((item.data, item.teacher, item.student), {}).setdefault((item.recipe, item.fraction), name)
-    return found
-
-
 def _challengers(study: Study, *items: Comparison) -> list[str]:
     return [name for name in study.study.challengers if name != study.study.baseline and all(name in item.methods for item in items)]
 
@@ -126,7 +146,7 @@ def _lead(runs: pd.DataFrame, comparison: str, method: str, baseline: str) -> st
 
 def _leads(study: Study, runs: pd.DataFrame) -> Iterator[_Row]:
     baseline = study.study.baseline
-    for places in _measured(study).values():
+    for places in contests(study).values():
         for (recipe, fraction), name in places.items():
             shown = scale(fraction, train_images(runs, name))
             for method in _challengers(study, study.comparisons[name]):
@@ -142,7 +162,7 @@ def _change(study: Study, runs: pd.DataFrame, question: str, pair: tuple[str, st
 
 
 def _scales(study: Study, runs: pd.DataFrame) -> Iterator[_Row]:
-    for places in _measured(study).values():
+    for places in contests(study).values():
         for recipe in dict.fromkeys(recipe for recipe, _ in places):
             fractions = [fraction for other, fraction in places if other == recipe]
             small, large = min(fractions), max(fractions)
@@ -152,13 +172,25 @@ def _scales(study: Study, runs: pd.DataFrame) -> Iterator[_Row]:
 
 
 def _recipes(study: Study, runs: pd.DataFrame) -> Iterator[_Row]:
-    weak, strong = study.study.headline.weak, study.study.headline.strong
-    for places in _measured(study).values():
+    weak, strong = study.study.headline.recipes[0], study.study.headline.recipes[-1]
+    for places in contests(study).values():
         for fraction in sorted({fraction for _, fraction in places}):
             if (weak, fraction) in places and (strong, fraction) in places and weak != strong:
                 pair = (places[weak, fraction], places[strong, fraction])
                 place = (f"{weak} minus {strong}", scale(fraction, train_images(runs, pair[0])), fraction)
                 yield from _change(study, runs, "recipe", pair, place)
+
+
+def _hard_labels(study: Study, runs: pd.DataFrame) -> Iterator[_Row]:
+    """Each method under the other losses minus under the first one: the same seeds saw the same batches."""
+    for group in hard_labels(study):
+        first, *others = group.values()
+        for name in others:
+            new, old = study.comparisons[name], study.comparisons[first]
+            place = (f"{new.recipe} minus {old.recipe}", scale(new.fraction, train_images(runs, name)), new.fraction)
+            for method in in_all(study, group.values()):
+                values = stats.differences(by_seed(runs, name, method), by_seed(runs, first, method))
+                yield _Row("hard label", f"{name} minus {first}", *place, method, method, values)
 
 
 def _tunings(study: Study, runs: pd.DataFrame) -> Iterator[_Row]:

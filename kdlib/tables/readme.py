@@ -6,28 +6,73 @@ from typing import Any
 import pandas as pd
 
 from kdlib.config import Refused, Study
-from kdlib.tables.comparisons import data_scale
+from kdlib.tables.by_method import by_scale, ends
 from kdlib.tables.leads import leads
-from kdlib.tables.render import number, pipe, records
+from kdlib.tables.render import Table, number, pipe, records
 
 _SUBJECT = {"scale": "with more data", "recipe": "under the stronger recipe"}
 
 
-def readme_block(study: Study, runs: pd.DataFrame, published: pd.DataFrame, figure: str) -> str:
-    """Answers, figure (a path as README links it) and the data scale table, as Markdown."""
-    table = data_scale(study, runs, published)
+def readme_block(study: Study, sentences: list[str], table: Table, figure: str | None) -> str:
+    """What was found on the headline's data set, figure (a path as README links it) and table, as Markdown."""
     seeds = ", ".join(map(str, study.study.seeds))
     how = f"seeds {seeds}; points of test top-1 with {100 * study.study.confidence:g} % t intervals paired by seed"
-    lines = [f"On {study.study.headline.data} ({how}):", "", *answers(study, runs)]
-    return "\n\n".join(["\n".join(lines), f"![{table.title}]({figure})", pipe(table.shown), table.caption])
+    lines = [f"On {study.study.headline.data} ({how}):", "", *sentences]
+    return "\n\n".join(["\n".join(lines), *([f"![{table.title}]({figure})"] if figure else []), pipe(table.shown), table.caption])
 
 
-def answers(study: Study, runs: pd.DataFrame) -> list[str]:
-    """One sentence per question and challenger on the headline's data set, with the numbers behind it."""
-    everyone = leads(study, runs)
-    rows = records(everyone[everyone["data"] == study.study.headline.data])
+def changes(study: Study, runs: pd.DataFrame) -> list[str]:
+    """A sentence for each challenger: how its lead changes with the scale and with the recipe."""
+    rows = _on_headline(study, runs)
     leading = {(row["comparison"], row["method"]): row for row in rows if row["question"] == "lead"}
-    return [_change(row, leading) if row["question"] in _SUBJECT else _pair(row) for row in rows if row["question"] != "lead"]
+    return [_change(row, leading) for row in rows if row["question"] in _SUBJECT]
+
+
+def tuned(study: Study, runs: pd.DataFrame) -> list[str]:
+    """A sentence for each pair that the tuning table is about."""
+    return [_pair(row) for row in _on_headline(study, runs) if row["question"] == "tuning"]
+
+
+def ranked(study: Study, runs: pd.DataFrame) -> list[str]:
+    """A sentence for each scale, who is better than the baseline and who is worse; and one for what becomes of the leads."""
+    rows = _on_headline(study, runs)
+    sentences = []
+    for names in by_scale(study):
+        recipe = study.comparisons[names[0]].recipe
+        for name in names:
+            found = [row for row in rows if row["question"] == "lead" and row["comparison"] == name]
+            told = _by_verdict(found, ("better", "worse", "inconclusive"))
+            sentences.append(f"- recipe {recipe}, {found[0]['scale']}, against {study.study.baseline}: {told}.")
+        found = [row for row in rows if row["question"] == "scale" and row["comparison"] == f"{names[0]} minus {names[-1]}"]
+        if found:
+            where = f"recipe {recipe}, {ends(study, names)}".replace(" minus ", " → ")
+            told = _by_verdict(found, ("shrinks", "grows", "inconclusive"))
+            sentences.append(f"- {where}, the lead over {study.study.baseline}: {told}.")
+    return sentences
+
+
+def labelled(study: Study, runs: pd.DataFrame) -> list[str]:
+    """A sentence for each method and each hard label beside the first."""
+    sentences = []
+    for row in _on_headline(study, runs):
+        if row["question"] == "hard label":
+            new, old = (study.recipes[recipe].hard_loss for recipe in row["recipe"].split(" minus "))
+            said = f"hard label {new} against {old}: {_last(row, '**' + row['verdict'] + '**')}"
+            sentences.append(f"- {row['method']}, {row['scale']}: {said}")
+    return sentences
+
+
+def _on_headline(study: Study, runs: pd.DataFrame) -> list[dict[str, Any]]:
+    everyone = leads(study, runs)
+    return records(everyone[everyone["data"] == study.study.headline.data])
+
+
+def _by_verdict(rows: list[dict[str, Any]], order: tuple[str, ...]) -> str:
+    """Methods by verdict, the furthest ahead first; ``not measured`` for those without one."""
+    found: dict[str, list[str]] = {verdict: [] for verdict in (*order, "")}
+    for row in sorted(rows, key=lambda row: -row["mean"] if row["n"] else 0.0):
+        found[row["verdict"]].append(row["method"])
+    return "; ".join(f"**{verdict or 'not measured'}** {', '.join(names)}" for verdict, names in found.items() if names)
 
 
 def _change(row: dict[str, Any], leading: dict[tuple[str, str], dict[str, Any]]) -> str:
