@@ -72,7 +72,7 @@ class Learner:
         """
         found = 0
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            for _ in range(2):  # the first makes libraries allocate what they keep (cuBLAS, on a GPU)
+            for _ in range(2 if self.device.type == "cuda" else 1):  # the first makes cuBLAS allocate what it keeps
                 twin = copy.deepcopy(self)
                 state = twin.state_dict()  # held: what a step replaces is not freed meanwhile
                 found = peak_bytes(functools.partial(twin._differentiate, batch, answers), self.device)
