@@ -1,6 +1,7 @@
 """The run store: one process at a time trains a run, a finished one is never trained again, deleting everything loses nothing."""
 
 import shutil
+import time
 import warnings
 from pathlib import Path
 
@@ -68,15 +69,19 @@ def test_export_writes_metrics_last_and_every_file_whole(store: Store, tmp_path:
         assert len(list(folder.iterdir())) == failing
 
 
-def test_a_held_run_is_neither_removed_nor_given_twice(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_held_run_is_neither_removed_nor_given_twice(store: Store, tmp_path: Path) -> None:
     finish(store)
     ready, release = training.children().Event(), training.children().Event()
     holder = training.start(training.hold, store.folder, [RUN, "other"], ready, release)
     assert ready.wait(30)
     assert not store.remove(RUN)
     assert store.finished(RUN)
-    waiter = training.start(training.claim_and_use, store.folder, RUN)
-    waiter.join(0.5)
+    log = tmp_path / "waiter.txt"  # not its standard error: the server that forks it may have another test's
+    waiter = training.start(training.claim_and_use, store.folder, RUN, log)
+    given_up = time.monotonic() + 30
+    while not (log.is_file() and "waiting" in log.read_text()) and time.monotonic() < given_up:
+        waiter.join(0.1)
+    assert f"run {RUN} is being trained by another process: waiting for it" in log.read_text()
     assert waiter.is_alive()
     assert not (store.run(RUN) / "used").exists()
     shutil.rmtree(store.run(RUN))  # as `make gc` may, between the holder's end and the waiter's start
@@ -85,7 +90,6 @@ def test_a_held_run_is_neither_removed_nor_given_twice(store: Store, capfd: pyte
         process.join(30)
         assert process.exitcode == 0
     assert (store.run(RUN) / "used").exists()
-    assert f"run {RUN} is being trained by another process: waiting for it" in capfd.readouterr().err
     assert store.remove(RUN)
 
 

@@ -20,11 +20,14 @@ from kdlib.seed import generator
 from kdlib.train import checkpoint, fit
 from kdlib.train.run import Job
 from tests import training
-from tests.test_engine import ALL, Breaks
+from tests.test_engine import ALL as EVERY
+from tests.test_engine import Breaks
 from tests.training import setting, trained
 
 STATE = {"step": 3, "curve": [{"epoch": 1, "val_top1": None}], "weights": torch.arange(1000.0)}
 EPOCHS = 4.0  # 24 steps
+FOUR = ("no_kd", "kd", "reviewkd", "dist")  # one with adapters; test_hints_end_to_end.py resumes every method
+ALL = {name: EVERY[name] for name in FOUR}
 
 
 def steps(folder: Path) -> list[int]:
@@ -331,7 +334,7 @@ def to_the_end(root: Path) -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The numbers of a study that nobody disturbed, in a process of its own."""
-    root = training.fresh(tmp_path_factory.mktemp("alone") / "project", training.content(epochs=EPOCHS))
+    root = training.fresh(tmp_path_factory.mktemp("alone") / "project", training.content(methods=FOUR, epochs=EPOCHS))
     to_the_end(root)
     numbers = training.numbers(root)
     assert len(numbers) == 4 * len(training.NUMBERS)
@@ -340,7 +343,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def test_processes_agree(tmp_path: Path, alone: dict[str, bytes]) -> None:
     """A fresh interpreter with another hash salt, and this very process, in folders with other names."""
-    params = training.content(epochs=EPOCHS)
+    params = training.content(methods=FOUR, epochs=EPOCHS)
     here = training.fresh(tmp_path / "in here", params)
     Experiment(here).distill(training.COMPARISON)
     assert training.numbers(here) == alone
@@ -353,7 +356,7 @@ def test_processes_agree(tmp_path: Path, alone: dict[str, bytes]) -> None:
 
 @pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(15, 1, marks=pytest.mark.long)])
 def test_killed_at_random_moments_it_ends_alike(tmp_path: Path, alone: dict[str, bytes], kills: int, seed: int) -> None:
-    root = training.fresh(tmp_path / "project", training.content(epochs=EPOCHS, checkpoint_seconds=0))
+    root = training.fresh(tmp_path / "project", training.content(methods=FOUR, epochs=EPOCHS, checkpoint_seconds=0))
     assert killed(root, kills, seed) >= min(kills, 3)
     to_the_end(root)
     assert training.numbers(root) == alone
@@ -362,7 +365,7 @@ def test_killed_at_random_moments_it_ends_alike(tmp_path: Path, alone: dict[str,
 
 @pytest.mark.parametrize("saves", [6])
 def test_killed_between_the_checkpoints_of_two_students(tmp_path: Path, alone: dict[str, bytes], saves: int) -> None:
-    root = training.fresh(tmp_path / "project", training.content(epochs=EPOCHS, checkpoint_seconds=0))
+    root = training.fresh(tmp_path / "project", training.content(methods=FOUR, epochs=EPOCHS, checkpoint_seconds=0))
     process = training.start(training.distill_and_die, root, saves)
     process.join(100)
     assert process.exitcode == -signal.SIGKILL
@@ -380,7 +383,7 @@ def command(root: Path, **env: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_it_ends_promptly_and_goes_on_later(tmp_path: Path, alone: dict[str, bytes], sign: signal.Signals) -> None:
-    root = training.fresh(tmp_path / "project", training.content(epochs=EPOCHS, checkpoint_seconds=0))
+    root = training.fresh(tmp_path / "project", training.content(methods=FOUR, epochs=EPOCHS, checkpoint_seconds=0))
     with command(root) as process:
         while progress(root) < 9 and process.poll() is None:
             time.sleep(0.005)

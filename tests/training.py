@@ -166,6 +166,6 @@ def hold(folder: Path, fingerprints: list[str], ready: Any, release: Any) -> Non
         release.wait()
 
 
-def claim_and_use(folder: Path, fingerprint: str) -> None:
-    with Store(folder).claim([fingerprint]):
+def claim_and_use(folder: Path, fingerprint: str, log: Path) -> None:
+    with log.open("w") as said, contextlib.redirect_stderr(said), Store(folder).claim([fingerprint]):
         (Store(folder).run(fingerprint) / "used").touch()
