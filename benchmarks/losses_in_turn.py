@@ -15,6 +15,7 @@ from kdlib.losses import METHODS, Method
 from kdlib.types import Asks, Batch, Output, OutputShape, Part
 
 WARM_UP = 2  # rounds that do not count
+AT_SCALE = {"negatives": 16384.0}  # official, for ImageNet; params.yaml has fewer for its small data sets
 Step = Callable[[], object]
 
 
@@ -46,7 +47,8 @@ class Bench:
 
     def method(self, name: str, teacher: OutputShape, images: int) -> Method:
         torch.manual_seed(0)
-        method = METHODS[name](**self.study.methods[name])
+        parameters = dict(self.study.methods[name])
+        method = METHODS[name](**parameters | {key: value for key, value in AT_SCALE.items() if key in parameters})
         method.adapt(self.shapes.student, teacher, torch.randint(self.shapes.student.classes, (images,)))
         return method.to(self.device)
 

@@ -92,7 +92,7 @@ def student_seconds(bench: Bench) -> float:
 
 
 def claims(bench: Bench, rows: Sequence[Row], student: float) -> list[Row]:
-    """What issue 3 promises, and what was found."""
+    """What is promised of the costs, and what was found."""
     flat = [row for row in rows if row["batch"] == bench.shapes.batch]
     angles = max(row["peak_mb"] for row in flat if row["method"] == "rkd")
     found = [claim("RKD, all its angles included: at most 64 MB", f"{angles:.1f} MB", angles <= 64)]
