@@ -14,7 +14,10 @@ Terms = dict[str, Float[Tensor, ""]]  # named loss terms; their sum is the loss
 
 
 class Part(StrEnum):
-    """What a method may ask a model for. Logits come with every answer: after the rest they cost next to nothing."""
+    """What a method may ask a model for. Maps are those of all stages, which all students of a comparison share.
+
+    Logits come with every answer: the head that gives them is 0.05 % of a ResNet-50's forward pass, 3 % of a MobileNetV3-small's.
+    """
 
     LOGITS = "logits"
     EMBEDDING = "embedding"

@@ -55,7 +55,7 @@ class Method(nn.Module):
 
     asks_student: ClassVar[Asks] = frozenset({Part.LOGITS})
     asks_teacher: ClassVar[Asks] = frozenset({Part.LOGITS})  # empty: training by this method alone costs no teacher pass
-    relational: ClassVar[bool] = False  # compares the images of a batch with each other: a per-device loss, for two images or more
+    relational: ClassVar[bool] = False  # depends on which images share a batch: a per-device loss, for two images or more
     unmixed: ClassVar[bool] = False  # learns from unmixed images alone
     equation: ClassVar[str]  # LaTeX, in the notation of notebooks/methods.ipynb
 
@@ -75,11 +75,18 @@ class Method(nn.Module):
         """All terms of the loss, already weighted: ``hard``, the loss on the hard label if there is one, and the method's own.
 
         ``progress``: how much of the training is done, in (0, 1]; the method's own terms grow linearly over the share ``warmup`` of it.
-        Whatever autocast surrounds the call, the method computes in fp32 (DIST is NaN in fp16), and nothing flows back to the teacher.
-        Raises ValueError for a batch of one image if the method is relational, RuntimeError for a label that is no class.
+        Whatever autocast surrounds the call, the method computes in fp32 (fp16 holds neither a product of probabilities nor the square of
+        a distance), and nothing flows back to the teacher.
+        Raises ValueError for a batch of one image if the method is relational, for targets or a teacher's logits of other classes, and
+        RuntimeError for a label that is no class. On CUDA that one is a device-side assertion: it comes later, and ends the process.
         """
         if self.relational and len(batch.labels) < 2:
-            raise ValueError(f"found a batch of 1 image; allowed: 2 or more ({type(self).__name__} compares the images of a batch)")
+            raise ValueError(f"found a batch of 1 image; allowed: 2 or more ({type(self).__name__} depends on which images share a batch)")
+        if batch.targets.shape != student.logits.shape:
+            raise ValueError(f"found targets of shape {(*batch.targets.shape,)}; allowed: that of the logits, {(*student.logits.shape,)}")
+        if Part.LOGITS in self.asks_teacher and teacher.logits.shape != student.logits.shape:
+            classes = teacher.logits.shape[1]
+            raise ValueError(f"found a teacher of {classes} classes; allowed: the student's {student.logits.shape[1]}; choose another one")
         with torch.autocast(student.logits.device.type, enabled=False):
             terms = {"hard": self.hard_weight * hard(student.logits, batch.targets)} if hard and self.hard_weight else {}
             within = (batch.labels >= 0) & (batch.labels < student.logits.shape[1])

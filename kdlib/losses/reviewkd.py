@@ -76,7 +76,9 @@ class ReviewKD(Method):
     Maps are those before the activation that ends a stage. ``mid``: channels of the fusion, at most those of the student's embedding.
     ``warmup`` is a share of all steps: the authors' ``min(epoch / warmup, 1)`` is 0 for the whole first epoch. The teacher's map is never
     changed: where sizes differ the student's is brought to it before the 3x3 convolution (``resized``; the authors' code takes the
-    nearest pixel when it shrinks too, which drops the others). BatchNorm makes the loss depend on which images share a batch.
+    nearest pixel when it shrinks too, which drops the others, and hands the next level the map that was resized). A stage that ends in
+    something else than an activation module, in a concatenation say, is compared as it is. BatchNorm makes the loss depend on which images
+    share a batch.
     """
 
     asks_student = frozenset({Part.PREACTIVATIONS, Part.EMBEDDING})
