@@ -273,13 +273,15 @@ class Experiment:
 
 
 def looks_at(method: type[Method]) -> str:
-    """What a method asks for, in words: what of the teacher beyond its logits; else what of the student; else "logits"."""
+    """What a method asks for, in words; "hint: ..." (a term of the literature) where it asks the teacher for more than logits."""
     if not method.asks_teacher:
         return "no teacher"
-    for whose, asks in (("", method.asks_teacher), ("student's ", method.asks_student)):
-        if beyond := [part.value for part in Part if part in asks and part is not Part.LOGITS]:
-            return whose + ", ".join(beyond)
-    return Part.LOGITS.value
+    hints, own = (
+        [part.value for part in Part if part in asks and part is not Part.LOGITS] for asks in (method.asks_teacher, method.asks_student)
+    )
+    if hints:
+        return f"hint: {', '.join(hints)}"
+    return ", ".join([Part.LOGITS.value, *(f"student's {part}" for part in own)])
 
 
 def _job(plan: Planned, folder: Path) -> Job:

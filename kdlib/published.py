@@ -26,12 +26,13 @@ def figure1(published: pd.DataFrame) -> pd.DataFrame:
     """
     rows = published[published["table"] == "figure1"]
     places = [_FRACTIONS.get(str(name), (str(name), 1.0)) for name in rows["dataset"]]
+    pairs = [str(name).split("_minus_") for name in rows["method"]]
     return pd.DataFrame(
         {
             "data": [data for data, _ in places],
             "fraction": [fraction for _, fraction in places],
-            "method": [str(method).removesuffix("_minus_kd") for method in rows["method"]],
-            "baseline": "kd",
+            "method": [method for method, _ in pairs],
+            "baseline": [baseline for _, baseline in pairs],
             "lead": (rows["value"] / 100).to_numpy(),
             "kind": rows["kind"].to_numpy(),
             "source": rows["source"].to_numpy(),
@@ -50,7 +51,7 @@ def strategies(published: pd.DataFrame) -> pd.DataFrame:
 
 
 def _accuracies(published: pd.DataFrame, tables: list[str]) -> pd.DataFrame:
-    """data, teacher, student, recipe, epochs, method (a student alone is ``no_kd``; ``teacher`` stays), top1 (in [0, 1]), kind, source."""
+    """data, teacher, student, recipe, epochs, method (or ``student`` alone, or ``teacher``), top1 (in [0, 1]), kind, source."""
     rows = published[published["table"].isin(tables) & (published["metric"] == "top1")].reset_index(drop=True)
-    rows = rows.rename(columns={"dataset": "data"}).assign(method=rows["method"].replace("student", "no_kd"), top1=rows["value"] / 100)
+    rows = rows.rename(columns={"dataset": "data"}).assign(top1=rows["value"] / 100)
     return rows[["data", "teacher", "student", "recipe", "epochs", "method", "top1", "kind", "source"]]

@@ -24,14 +24,14 @@ _TEXTS = (
 )
 _COUNTS = (
     *("classes", "train_images", "seed", "diverged_step", "images_seen", "steps"),
-    *("student_parameters", "extra_parameters", "step_bytes", "train_flops", "teacher_flops"),
+    *("student_parameters", "extra_parameters", "extra_bytes", "step_bytes", "train_flops", "teacher_flops"),
 )
 _TRUTHS = ("relational", "trial")
 COLUMNS = [
     *("comparison", "data", "classes", "fraction", "train_images", "teacher", "student", "recipe", "hard_loss"),
     *("method", "variant", "looks_at", "relational", "parameters", "seed", "trial", "fingerprint"),
     *("status", "diverged_step", "diverged_cause", "images_seen", "steps"),
-    *("student_parameters", "extra_parameters", "step_bytes", "train_flops", "teacher_flops"),
+    *("student_parameters", "extra_parameters", "extra_bytes", "step_bytes", "train_flops", "teacher_flops"),
     *(f"{split}_{measure}" for split in ("val", "test") for measure in MEASURES),
 ]
 _TYPES = {
@@ -125,8 +125,14 @@ def curves(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
 
 
 def timing(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
-    """timing.json of every expected run (seconds; they differ from run to run and nothing may depend on them)."""
-    return _join(root, expected, lambda folder: pd.DataFrame([read_json(folder / "timing.json")]))
+    """timing.json of every expected run (seconds; they differ from run to run and nothing may depend on them), and ``on``, where it ran."""
+    return _join(root, expected, lambda folder: pd.DataFrame([read_json(folder / "timing.json") | {"on": _machine(folder)}]))
+
+
+def _machine(folder: Path) -> str:
+    """What seconds can be compared within."""
+    where = read_json(folder / "environment.json")
+    return f"{where['device']}, {where['threads']} threads, torch {where['torch']}"
 
 
 def teachers(root: Path, names: Iterable[str]) -> pd.DataFrame:

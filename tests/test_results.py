@@ -46,7 +46,7 @@ def test_runs_csv_by_hand(tmp_path: Path) -> None:
     assert row == (
         "tune,digits,10,0.100000,100,big,net,weak,ce,kd,trial/kd.temperature_1.weight_1,logits,False,"
         '"{""hard_weight"":1.0,""weight"":1.0,""temperature"":1.0}",0,True,ffffffff,'
-        "finished,,,2000,500,12345,0,3145728,2000000000000,9000000000000,"
+        "finished,,,2000,500,12345,0,0,3145728,2000000000000,9000000000000,"
         "0.610000,1.000000,1.390000,0.061000,0.610000,0.390000,,,,,,"
     )
 

@@ -70,7 +70,7 @@ def test_tables_and_figures_know_no_method(folder: str) -> None:
 
 def test_every_method_looks_at_something_of_its_own_or_of_the_teacher() -> None:
     assert {looks_at(method) for method in METHODS.values()} == {
-        *("no teacher", "logits", "student's maps", "embedding", "maps", "embedding, preactivations")
+        *("no teacher", "logits", "logits, student's maps", "hint: embedding", "hint: maps", "hint: embedding, preactivations")
     }
     assert looks_at(METHODS["no_kd"]) == "no teacher"
     assert looks_at(METHODS["kd"]) == "logits"

@@ -40,8 +40,8 @@ def test_every_method_has_its_row_beside_those_of_its_kind(methods: Study, their
     table = tables.build(methods, theirs)[0]
     shown = table.shown.set_index("method")
     assert shown["looks at"].to_dict() == {
-        **{"no_kd": "no teacher", "kd": "logits", "dkd": "logits", "maps_only": "maps"},
-        "ranks": "embedding, across the batch",
+        **{"no_kd": "no teacher", "kd": "logits", "dkd": "logits", "maps_only": "hint: maps"},
+        "ranks": "hint: embedding, across the batch",
     }
     assert shown.index.to_list() == ["no_kd", "kd", "dkd", "maps_only", "ranks"], "in params.yaml maps_only comes before dkd"
     small, large = "10 % (100 images)", "100 % (1000 images)"
@@ -51,12 +51,14 @@ def test_every_method_has_its_row_beside_those_of_its_kind(methods: Study, their
     assert maps[f"{large}: minus kd"] == "0.0 ± 2.5 (n=3) inconclusive"
     assert maps["lead, 10 % minus 100 %"] == f"+8.3 ± {T2 * math.sqrt(7 / 3) / math.sqrt(3):.1f} (n=3) shrinks"  # .08 .07 .10
     assert (shown.loc["kd", f"{small}: minus kd"], shown.loc["kd", "lead, 10 % minus 100 %"]) == ("", "")
-    assert maps[["step time", "extra parameters", "step memory (MiB)"]].to_list() == [f"1.50{TIMES} (n=3)", "1,000", "3.0"]
+    costs = ["step time", "extra parameters", "kept beside (MiB)", "step memory (MiB)"]
+    assert maps[costs].to_list() == [f"1.50{TIMES} (n=3)", "1,000", "0.5", "3.0"]
     assert shown.loc["kd", "step time"] == f"1.00{TIMES} (n=3)"
     published = [column for column in shown.columns if column.startswith("published")]
     assert published == ["published: A2, 300 epochs", "published: A1, 600 epochs"]
     assert shown.loc["dkd", published].to_list() == ["80.77", "81.83"]
     assert shown.loc["ranks", published].to_list() == ["", ""], "unknown, hence blank"
+    assert "net (90.0 %) → net" in table.title
     assert "Cui et al. 2024" in table.caption and "beitv2_large_patch16_224 → resnet50" in table.caption
 
 
@@ -82,6 +84,28 @@ def test_time_is_compared_within_one_process_where_that_can_be(methods: Study, t
     mean = sum(ratios) / 3
     half = T2 * math.sqrt(sum((ratio - mean) ** 2 for ratio in ratios) / 2) / math.sqrt(3)
     assert shown.loc["maps_only", "step time"] == f"≈ {mean:.2f} ± {half:.2f}{TIMES} (n=3)"
+    timing.loc[here & (timing["variant"] == "maps_only"), "on"] = "cpu, 1 threads, torch 2.15.0"
+    shown = tables.build(methods, dataclasses.replace(theirs, timing=timing))[0].shown.set_index("method")
+    assert shown.loc["maps_only", "step time"] == "", "seconds of another machine are no comparison"
+
+
+def test_published_numbers_keep_their_settings_apart(methods: Study, theirs: tables.Numbers) -> None:
+    """Another student under the same recipe, and epochs that nobody told; none at all leaves the table as it is."""
+    here = theirs.published["table"] == "table3_methods"
+    other = theirs.published[here].assign(student="vit_tiny", value=50.0)
+    other.loc[other["recipe"] == "A1", "epochs"] = pd.NA
+    shown = tables.build(methods, dataclasses.replace(theirs, published=pd.concat([theirs.published, other])))[0].shown.set_index("method")
+    cells = {column: value for column, value in shown.loc["kd"].items() if str(column).startswith("published")}
+    teacher = "beitv2_large_patch16_224"
+    assert cells == {
+        f"published: A2, 300 epochs, {teacher} → resnet50": "80.89",
+        f"published: A1, 600 epochs, {teacher} → resnet50": "81.68",
+        f"published: A2, 300 epochs, {teacher} → vit_tiny": "50.00",
+        f"published: A1, {teacher} → vit_tiny": "50.00",
+    }
+    table = tables.build(methods, dataclasses.replace(theirs, published=theirs.published[~here]))[0]
+    assert not any(column.startswith("published") for column in table.shown)
+    assert "ublished top-1" not in table.caption
 
 
 def test_a_method_that_diverged_is_no_blank(methods: Study, theirs: tables.Numbers) -> None:
@@ -93,7 +117,7 @@ def test_a_method_that_diverged_is_no_blank(methods: Study, theirs: tables.Numbe
     row = tables.build(methods, found)[0].shown.set_index("method").loc["maps_only"]
     assert row[["10 % (100 images): top-1", "10 % (100 images): minus kd", "lead, 10 % minus 100 %"]].to_list() == ["diverged", "", ""]
     assert row["step time"] == f"1.50{TIMES} (n=2)"
-    assert "**not measured** maps_only" in tables.headline(methods, found, [])
+    assert "**diverged** maps_only" in tables.headline(methods, found, [])
 
 
 def test_memory_may_be_unknown(methods: Study, theirs: tables.Numbers) -> None:
@@ -143,7 +167,7 @@ def test_the_figures_are_those_of_the_tables(figures: plots.Figures) -> None:
 def test_leads_are_drawn_by_kind_at_both_scales(figures: plots.Figures) -> None:
     small, large = figures["methods"].axes
     assert [label.get_text() for label in small.get_yticklabels()] == [
-        *("no teacher", "no_kd", "logits", "dkd", "maps", "maps_only", "embedding", "ranks")
+        *("no teacher", "no_kd", "logits", "dkd", "hint: maps", "maps_only", "hint: embedding", "ranks")
     ]
     drawn = {container[0].get_ydata()[0]: container for container in small.containers}
     assert [drawn[place][0].get_xdata()[0] for place in (1, 3, 5, 7)] == pytest.approx([-11, 31 / 3, 25 / 3, -29 / 3])

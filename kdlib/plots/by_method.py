@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from kdlib import tables
 from kdlib.config import Study
 from kdlib.plots.style import MARKERS, panels, tell_n
-from kdlib.tables.by_method import by_scale, costs
+from kdlib.tables.by_method import by_scale, called, costs
 from kdlib.tables.leads import train_images
 from kdlib.tables.render import MINUS, TIMES, records, scale
 
@@ -22,16 +22,12 @@ _LABEL = 0.047  # height of a method's name, as a share of its panel
 
 def leads(study: Study, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
     """ "methods": each challenger's lead at each scale, one panel per scale; a figure for each list of ``by_scale``, as the tables."""
-    return {_name("methods", i, names): _leads(study, runs, timing, names) for i, names in enumerate(by_scale(study))}
+    return {called("methods", i, names): _leads(study, runs, timing, names) for i, names in enumerate(by_scale(study))}
 
 
 def accuracy(study: Study, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
     """ "methods_cost": each method's test top-1 against its step time, one panel per scale."""
-    return {_name("methods_cost", i, names): _accuracy(study, runs, timing, names) for i, names in enumerate(by_scale(study))}
-
-
-def _name(kind: str, i: int, names: list[str]) -> str:
-    return kind if i == 0 else f"{kind}_{names[-1]}"
+    return {called("methods_cost", i, names): _accuracy(study, runs, timing, names) for i, names in enumerate(by_scale(study))}
 
 
 def _leads(study: Study, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
@@ -91,7 +87,9 @@ def _accuracy(study: Study, runs: pd.DataFrame, timing: pd.DataFrame, names: lis
     figure, axes = panels(1, len(names), (5.4, 5.2))
     for panel, (name, points) in zip(axes[0], found.items(), strict=True):
         for row in records(points):
-            panel.errorbar(row["time"], row["top1"], yerr=row["half"], capsize=3, linewidth=1.2, **looks[row["looks_at"]])
+            look = looks[row["looks_at"]]
+            fill = look["color"] if row["together"] else "white"
+            panel.errorbar(row["time"], row["top1"], yerr=row["half"], capsize=3, linewidth=1.2, markerfacecolor=fill, **look)
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{TIMES}"))
@@ -106,6 +104,7 @@ def _accuracy(study: Study, runs: pd.DataFrame, timing: pd.DataFrame, names: lis
     figure.suptitle(
         f"Accuracy against cost: mean and {100 * study.study.confidence:g} % t interval over seeds, "
         f"{tell_n(pd.concat(list(found.values()))['n'])};\ntime: mean of the ratios paired by seed, on the machine of this study"
+        + ("" if all(points["together"].all() for points in found.values()) else " (hollow: not trained in turns)")
     )
     return figure
 

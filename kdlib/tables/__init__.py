@@ -52,7 +52,7 @@ TABLES: dict[str, Entry] = {
     "data_scale": Entry(lambda study, of: [data_scale(study, of.runs, of.published)], changes),
     "recipes": Entry(lambda study, of: [recipes(study, of.runs, of.published, of.teachers)]),
     "tuning": Entry(lambda study, of: [tuning(study, of.runs), *grids(study, of.runs)] if sweeps(study) else [], tuned),
-    "methods": Entry(lambda study, of: methods(study, of.runs, of.timing, of.published), ranked),
+    "methods": Entry(lambda study, of: methods(study, of.runs, of.timing, of.published, of.teachers), ranked),
     "losses": Entry(lambda study, of: losses(study, of.runs), labelled),
     "cost": Entry(lambda study, of: [cost(study, of.runs)]),
     "measures": Entry(lambda study, of: [measures(study, of.runs)]),

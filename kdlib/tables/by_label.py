@@ -7,6 +7,12 @@ from kdlib.tables.comparisons import HERE, accuracies, sure
 from kdlib.tables.leads import hard_labels, in_all, leads, train_images
 from kdlib.tables.render import Table, lead, measured, records, scale
 
+# binary losses are means over classes: a comparison at the same weight is one of form and scale together
+MEANS = (
+    "Binary losses (bce, and a binary soft label) are means over classes, the others sums: with C classes they count about C times less at "
+    "the same weight, so a difference is one of form and of weight at once."
+)
+
 
 def losses(study: Study, runs: pd.DataFrame) -> list[Table]:
     """A table for each set of comparisons that differ in the hard label's loss alone; a row is a hard label, a column a method."""
@@ -36,8 +42,10 @@ def _losses(study: Study, runs: pd.DataFrame, group: dict[str, str], name: str) 
     frame = pd.concat([part.assign(question=question, source=HERE) for question, part in parts.items() if len(part)], ignore_index=True)
     caption = (
         f"Test top-1 in percent, differences in points, on {item.data} ({scale(item.fraction, train_images(runs, group[first]))}, "
-        f"{item.teacher} → {item.student}). The recipes are {item.recipe} with another loss on the hard label; its weight stays the same. "
-        f"{sure(study)} “minus {first}”: the same method with this hard label against the one with {first}. Verdicts hold family-wise at "
-        f"{100 * study.study.confidence:g} % (Holm over the answers to one question on one data set)."
+        f"{item.teacher} → {item.student}); columns: the method that gives the soft label. The recipes are {item.recipe} with another "
+        f"loss on the hard label; its weight stays the same, as in the official commands. {MEANS} {sure(study)} “minus {first}”: the "
+        f"same method with this hard label against the one with {first}. Verdicts hold family-wise at {100 * study.study.confidence:g} % "
+        "(Holm over the answers to one question on one data set). Of the paper's own table no number is known here (results/published "
+        "has none)."
     )
     return Table(name, "Which loss on the hard label, beside which soft label?", caption, frame, shown)

@@ -82,7 +82,10 @@ def recipes(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame, teachers: p
     ours = pd.concat([accuracies(study, runs), ahead[ahead["question"] == "lead"]], ignore_index=True).assign(source=HERE)
     ours = ours.drop(columns=["question", "scale"])
     paper = pd.concat([published.table1(numbers), published.strategies(numbers)], ignore_index=True)
-    paper = paper.assign(mean=paper["top1"], source=paper["kind"] + ": " + paper["source"]).drop(columns=["top1", "kind"])
+    alone = next(iter(runs.loc[runs["teacher_flops"] == 0, "method"]), "student")  # what a student without a teacher is called here
+    paper = paper.assign(
+        method=paper["method"].replace("student", alone), mean=paper["top1"], source=paper["kind"] + ": " + paper["source"]
+    ).drop(columns=["top1", "kind"])
     teacher = dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
     cells: Cells = {}
     for row in records(ours):

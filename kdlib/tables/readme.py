@@ -68,11 +68,11 @@ def _on_headline(study: Study, runs: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _by_verdict(rows: list[dict[str, Any]], order: tuple[str, ...]) -> str:
-    """Methods by verdict, the furthest ahead first; ``not measured`` for those without one."""
+    """Methods by verdict, the furthest ahead first; ``diverged`` for those without one, of which no seed's loss stayed finite."""
     found: dict[str, list[str]] = {verdict: [] for verdict in (*order, "")}
     for row in sorted(rows, key=lambda row: -row["mean"] if row["n"] else 0.0):
         found[row["verdict"]].append(row["method"])
-    return "; ".join(f"**{verdict or 'not measured'}** {', '.join(names)}" for verdict, names in found.items() if names)
+    return "; ".join(f"**{verdict or 'diverged'}** {', '.join(names)}" for verdict, names in found.items() if names)
 
 
 def _change(row: dict[str, Any], leading: dict[tuple[str, str], dict[str, Any]]) -> str:
@@ -90,7 +90,7 @@ def _pair(row: dict[str, Any]) -> str:
 
 
 def _last(row: dict[str, Any], answer: str) -> str:
-    return f"{answer} (difference {_points(row)}, n={row['n']})." if row["n"] else "not measured."
+    return f"{answer} (difference {_points(row)}, n={row['n']})." if row["n"] else "diverged."
 
 
 def _points(row: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 _LATEX = str.maketrans(
     {character: rf"\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": "", "|": r"$|$", "<": "$<$", ">": "$>$"}
-    | {"±": r"$\pm$", MINUS: "$-$", TIMES: r"$\times$", "→": r"$\to$"}
+    | {"±": r"$\pm$", MINUS: "$-$", TIMES: r"$\times$", "≈": r"$\approx$", "→": r"$\to$"}
 )
 
 
@@ -43,12 +43,13 @@ def pipe(shown: pd.DataFrame) -> str:
 
 
 def latex(table: Table) -> str:
-    """A table environment; needs the package booktabs."""
+    """A table environment, shrunk to the width of the text where it is wider; needs the packages booktabs and graphicx."""
     rows = [" & ".join(str(cell).translate(_LATEX) for cell in row) + r" \\" for row in table.shown.itertuples(index=False)]
     head = " & ".join(str(column).translate(_LATEX) for column in table.shown.columns) + r" \\"
     lines = [
         r"\begin{table}",
         r"\centering",
+        r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{'l' * len(table.shown.columns)}}}",
         r"\toprule",
         head,
@@ -56,7 +57,7 @@ def latex(table: Table) -> str:
         *rows,
     ]
     caption = f"{table.title}. {table.caption}".translate(_LATEX)
-    lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption}}}", rf"\label{{tab:{table.name}}}", r"\end{table}"]
+    lines += [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{caption}}}", rf"\label{{tab:{table.name}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
 
