@@ -66,7 +66,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project, with its tests and its own params.yaml, in which the steps were followed."""
     made = project.copy(tmp_path_factory.mktemp("contributor"), git=False)
     shutil.copytree(tiny.ROOT / "tests", made / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copyfile(tiny.ROOT / "params.yaml", made / "params.yaml")
+    for file in ("params.yaml", "README.md", "studies/methods/params.yaml", "studies/methods/README.md"):
+        shutil.copyfile(tiny.ROOT / file, made / file)
     for block in blocks():
         if block.file:
             apply(block, made)
@@ -80,17 +81,20 @@ def test_the_steps_are_a_file_a_registry_line_a_reference_and_numbers() -> None:
         ("python", f"tests/references/{NAME}.py"),
         ("sh", ""),
         ("diff", "params.yaml"),
+        ("diff", "studies/methods/params.yaml"),
+        ("sh", ""),
     ]
 
 
 def test_the_commands_of_the_text_end_well(root: Path) -> None:
-    (commands,) = (block.lines for block in blocks() if block.language == "sh")
-    test, compile_it = (project.run(root, "bash", "-c", command) for command in commands)
+    commands = [command for block in blocks() if block.language == "sh" for command in block.lines]
+    test, compile_it, studies = (project.run(root, "bash", "-c", command) for command in commands)
     passed = re.search(r"(\d+) passed, \d+ deselected", test)
     assert passed, test
     assert int(passed[1]) > 20
     assert "failed" not in test
     assert compile_it == ""
+    assert re.search(r"\d+ passed", studies) and "failed" not in studies, studies
 
 
 def test_a_student_learns_by_it(root: Path) -> None:
