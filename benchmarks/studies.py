@@ -1,9 +1,10 @@
-"""What the study costs: time and memory from a clean clone, of a no-op, and of one notebook stage.
+"""What a study costs: time and memory from a clean clone, of a no-op, and of one notebook stage.
 
-    python benchmarks/default_study.py study [FOLDER]     FOLDER: a clean clone to run in (default: here)
-    python benchmarks/default_study.py stages [FOLDER]    FOLDER: one in which the study is finished
+    python benchmarks/studies.py study [FOLDER]      FOLDER: a clean clone to run the default study in (default: here)
+    python benchmarks/studies.py methods [FOLDER]    the same with the study of methods
+    python benchmarks/studies.py stages [FOLDER]     FOLDER: one in which the default study is finished
 
-Writes results/default_study.json and default_study.md beside this file.
+Writes results/studies.json and studies.md beside this file.
 Run it on an idle machine: with other work on the cores every figure is another machine's.
 """
 
@@ -59,11 +60,21 @@ def timed(command: list[str], folder: Path) -> float:
 
 
 def study(folder: Path) -> dict[str, str]:
-    """From a clean clone to the tables."""
-    seconds, gigabytes = watched([sys.executable, "-m", "kdlib.study", "run"], folder)
+    return whole("default study", [], 15, folder)
+
+
+def methods(folder: Path) -> dict[str, str]:
+    return whole("study of methods", ["methods"], 40, folder)
+
+
+def whole(title: str, name: list[str], minutes: int, folder: Path) -> dict[str, str]:
+    """From a clean clone to the tables. Refuses a clone that has finished runs: they would not be trained again."""
+    if any((folder / ".dvc" / "kdlib-runs").glob("*")):
+        sys.exit(f"found finished runs in {folder}/.dvc/kdlib-runs; allowed: a clean clone; clone the project anew")
+    seconds, gigabytes = watched([sys.executable, "-m", "kdlib.study", "run", *name], folder)
     return {
-        "default study from a clean clone, all stages (at most 15 min)": f"{seconds / 60:.1f} min",
-        "memory of all its processes together, peak (at most 4 GB)": f"{gigabytes:.2f} GB",
+        f"{title} from a clean clone, all stages (at most {minutes} min)": f"{seconds / 60:.1f} min",
+        f"{title}: memory of all its processes together, peak (at most 4 GB)": f"{gigabytes:.2f} GB",
     }
 
 
@@ -79,7 +90,10 @@ def stages(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    part, folder = {"study": study, "stages": stages}[sys.argv[1]], Path(sys.argv[2] if len(sys.argv) > 2 else ".").resolve()
+    part, folder = (
+        {"study": study, "methods": methods, "stages": stages}[sys.argv[1]],
+        Path(sys.argv[2] if len(sys.argv) > 2 else ".").resolve(),
+    )
     machine = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU used, {torch.get_num_threads()} threads",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
@@ -87,15 +101,15 @@ def main() -> None:
         "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=folder, text=True).strip(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    path = HERE / "results" / "default_study.json"
+    path = HERE / "results" / "studies.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
     found[sys.argv[1]] = {"rows": part(folder), **machine}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=2) + "\n")
     lines = [
-        "# What the default study costs",
+        "# What the studies cost",
         "",
-        "Written by `python benchmarks/default_study.py`. Installation is apart. No test asserts a time.",
+        "Written by `python benchmarks/studies.py`. Installation is apart. No test asserts a time.",
         "",
     ]
     lines += ["| what | measured | on |", "|---|---|---|"]
@@ -104,7 +118,7 @@ def main() -> None:
             f"load {value} before" if key == "load before" else str(value) for key, value in measured.items() if key != "rows"
         )
         lines += [f"| {what} | {value} | {place} |" for what, value in measured["rows"].items()]
-    (HERE / "default_study.md").write_text("\n".join(lines) + "\n")
+    (HERE / "studies.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
