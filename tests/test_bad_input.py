@@ -88,6 +88,35 @@ def test_a_study_that_cannot_work_does_not_open(tmp_path: Path, case: str) -> No
         Experiment(tmp_path)
 
 
+TOGETHER: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
+    # name of the case: keys to change, what the line about the methods of small_weak must say
+    "a stage before the student's first": (
+        {"methods.fitnet.stage": 9, "comparisons.small_weak.methods": ["kd", "fitnet"]},
+        ("found fitnet with a student with 3 stages", "allowed: 9 or more", "choose another model, or an earlier stage"),
+    ),
+    "a stage before the teacher's first": (
+        {"methods.fitnet.stage": 4, "comparisons.small_weak.methods": ["kd", "fitnet"], "comparisons.small_weak.student": "test_resnet"},
+        ("found fitnet with a teacher with 3 stages", "allowed: 4 or more", "choose another model, or an earlier stage"),
+    ),
+    "attention to one place": (
+        {"comparisons.small_weak.methods": ["kd", "at"], "comparisons.small_weak.student": "test_resnet"},
+        ("found at with stages of one place each", "allowed: a stage of two places or more", "take larger images or another method"),
+    ),
+}
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("case", TOGETHER)
+def test_a_method_that_cannot_learn_from_these_models_is_refused(tmp_path: Path, case: str) -> None:
+    changes, parts = TOGETHER[case]
+    content = tiny.content()
+    for key, value in changes.items():
+        change(content, key, value)
+    with refused("comparisons.small_weak.methods", *parts):
+        opened(tmp_path, content)
+    opened(tmp_path, change(content, "comparisons.small_weak.methods", ["kd"]))  # from which others can learn
+
+
 def test_the_same_study_opens_without_its_faults(tmp_path: Path) -> None:
     tiny.write(tmp_path)
     with untouched(tmp_path):

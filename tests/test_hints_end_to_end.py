@@ -3,7 +3,7 @@
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from kdlib.train import run
 from kdlib.train.learner import Learner
 from kdlib.train.run import Setting
 from kdlib.train.teacher import Teacher
+from kdlib.types import Batch, Part
 from tests import toys, training, zoo
 from tests.test_survival import stop_after
 
@@ -234,6 +235,44 @@ def test_a_learners_state_is_all_that_the_next_step_depends_on(name: str) -> Non
     ours, theirs = first.state_dict(), second.state_dict()
     for part in ("student", "method", "optimizer", "sums"):
         assert equal(ours[part], theirs[part]), part
+
+
+# Every family, a step each
+
+
+HINTS = {name: (made.asks_student, made.asks_teacher) for name, made in METHODS.items() if made.asks_teacher - {Part.LOGITS}}
+every_family = pytest.mark.parametrize("family", list(zoo.MEMBERS))
+
+
+def learn_by_hints_alone(student: Classifier, teacher: Teacher, names: Iterable[str]) -> None:
+    """One step of a copy of this student by each of these methods, without hard label: student and adapters move."""
+    seed_torch(3)
+    recipe, labels = training.recipe(hard_loss="none", weight_decay=0.0), torch.arange(6)
+    batch = Batch(torch.rand(4, 1, 8, 8), torch.eye(6)[:4], labels[:4], torch.arange(4), torch.zeros(4, dtype=torch.bool))
+    answers = teacher(batch.images, frozenset(Part))
+    for name in names:
+        method, own = METHODS[name](**parameters(name)), copy.deepcopy(student)
+        method.adapt(own.shape, teacher.shape, labels)
+        before = copy.deepcopy(dict(method.named_parameters()))
+        learner = Learner(name, own, method, recipe, total_steps=8, seed=0)
+        learner.update(batch, toys.asked(answers, method.asks_teacher))
+        assert learner.diverged_step is None, name
+        assert any(not torch.equal(*pair) for pair in zip(own.parameters(), student.parameters(), strict=True)), name
+        for key, parameter in method.named_parameters():
+            assert parameter.isfinite().all()
+            assert not torch.equal(parameter, before[key]), (name, key)
+
+
+@every_family
+def test_every_family_gives_every_hint(family: str) -> None:
+    seed_torch(9)
+    learn_by_hints_alone(build(training.NET, 6, 1, 8), taught(family), HINTS)
+
+
+@every_family
+def test_every_family_learns_from_every_kind_of_hint(family: str) -> None:
+    kinds = {asks: name for name, asks in HINTS.items()}
+    learn_by_hints_alone(copy.deepcopy(taught(family).classifier).requires_grad_().train(), training.teacher(), kinds.values())
 
 
 def test_every_method_learns_from_a_transformer_through_params_yaml(tmp_path: Path) -> None:

@@ -107,8 +107,8 @@ class CRD(Method):
     The positive is the other model's embedding of the very same view: the paper's joint distribution. The authors' code takes that image's
     older vector from the bank instead, of other views and without gradient, and draws negatives for each anchor apart.
 
-    Every process must start with the same banks (same seed, or as DistributedDataParallel sees to at its start) and applies the updates
-    of all, so the banks stay equal and need not be sent: set ``broadcast_buffers=False``, which saves sending them in every step.
+    Every process must start with the same banks: by the same seed, or by DistributedDataParallel's ``broadcast_buffers=True`` (with False
+    it leaves them as they are, at the start too). Each applies the updates of all, so that equal banks stay equal.
     Raises RuntimeError for an index outside of the bank.
     """
 
