@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib.losses.crd import CRD, draw, remembered
-from kdlib.types import Batch, OutputShape
+from kdlib.types import Batch
 from tests.toys import (
     ALL_LABELS,
     BATCH,
@@ -261,13 +261,6 @@ def test_learns_to_tell_pairs_apart() -> None:
     own, others = (s * t).sum(dim=1).mean().item(), (s @ t.T)[batch.labels[:, None] != batch.labels].mean().item()
     assert losses[-1] < 0.7 * losses[0]
     assert own > others + 0.5
-
-
-@pytest.mark.parametrize("who", ["student", "teacher"])
-def test_refuses_a_model_without_embedding(who: str) -> None:
-    shapes = {"student": STUDENT, "teacher": TEACHER, who: OutputShape(7, 0, ())}
-    with pytest.raises(ValueError, match=f"^found a {who} without pooled embedding; allowed: a model that has one; choose another"):
-        make("crd", shapes["student"], shapes["teacher"])
 
 
 def test_takes_the_very_view_as_positive() -> None:

@@ -26,8 +26,10 @@ from kdlib.losses.base import HardLoss, Method
 from kdlib.losses.kd import KD
 from kdlib.losses.no_kd import NoKD
 from kdlib.models import build
+from kdlib.train import checkpoint
+from kdlib.train.fit import fit
 from kdlib.train.learner import Learner
-from kdlib.types import Batch, Output, Terms
+from kdlib.types import Asks, Batch, Output, Terms
 from tests import training
 from tests.training import method, setting, trained
 
@@ -47,6 +49,7 @@ class Seen:
     students: list[Tensor] = field(default_factory=list)
     index: list[Tensor] = field(default_factory=list)
     terms: list[dict[str, float]] = field(default_factory=list)
+    progress: list[float] = field(default_factory=list)
 
 
 class Spy(Method):
@@ -62,6 +65,7 @@ class Spy(Method):
         self.seen.answers.append(digest(teacher.logits))
         self.seen.students.append(student.logits.detach().clone())
         self.seen.index.append(batch.index)
+        self.seen.progress.append(progress.item())
         terms = self.of(student, teacher, batch, hard, progress)
         self.seen.terms.append({name: term.item() for name, term in terms.items()})
         return terms
@@ -108,6 +112,24 @@ class Counting(Spy):
     def forward(self, student: Output, teacher: Output, batch: Batch, hard: HardLoss | None, progress: Tensor) -> Terms:
         self.counted.append(len(self.calls))
         return super().forward(student, teacher, batch, hard, progress)
+
+
+def test_progress_is_the_share_of_all_steps_with_the_one_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a run that goes on from a checkpoint."""
+    seen, save = {"kd": Seen()}, checkpoint.save
+
+    def interrupted(folder: Path, step: int, state: dict[str, Any]) -> None:
+        save(folder, step, state)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trained(setting(), spies(seen), tmp_path, save_seconds=0.0)
+    assert len(seen["kd"].progress) == 5
+    trained(setting(), spies(seen), tmp_path)
+    assert seen["kd"].progress == pytest.approx([(i + 1) / 12 for i in range(12)])
 
 
 def test_no_teacher_pass_for_nobody(tmp_path: Path) -> None:
@@ -217,6 +239,46 @@ def test_the_learning_rate_is_never_zero() -> None:
     assert min(rates) > 0
     assert rates[:3] == sorted(rates[:3])
     assert rates[3:] == sorted(rates[3:], reverse=True)
+
+
+# What is asked
+
+
+ASKING = list({(made.asks_student, made.asks_teacher): name for name, made in METHODS.items()}.values())  # one for each way to ask
+
+
+def asked(done: dict[str, int]) -> tuple[dict[str, list[Asks]], list[Asks]]:
+    """What each student and the teacher are asked for, pass by pass, by a training of two steps of which ``done`` are done already."""
+    among = setting()
+    split = among.data.train
+    stream = ViewStream(split.images, split.labels, among.index, classes=6, recipe=among.recipe, hflip=0.5, seed=0)
+    of_students: dict[str, list[Asks]] = {name: [] for name in done}
+    of_teacher: list[Asks] = []
+    learners = []
+    for name, steps in done.items():
+        student, made = build(training.NET, 6, 1, 8), ALL[name]()
+        made.adapt(student.shape, among.teacher.shape, torch.from_numpy(split.labels[among.index].astype(np.int64)))
+        student.register_forward_pre_hook(lambda _, given, name=name: of_students[name].append(given[1]))
+        learners.append(Learner(name, student, made, among.recipe, total_steps=2, seed=0))
+        learners[-1].step = steps
+    among.teacher.register_forward_pre_hook(lambda _, given: of_teacher.append(given[1]))
+    fit(learners, stream, among.teacher, validate=lambda _: 0.0, save=lambda _: None, save_seconds=1e9, title="test")
+    return of_students, of_teacher
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_both_models_are_asked_for_what_the_method_needs(name: str) -> None:
+    """A method that asks the teacher for nothing costs no pass of it."""
+    needs = METHODS[name]
+    assert asked({name: 0}) == ({name: [needs.asks_student] * 2}, [needs.asks_teacher] * 2 if needs.asks_teacher else [])
+
+
+def test_the_teacher_is_asked_for_those_alone_whose_turn_it_is() -> None:
+    """After an interruption one method may be a step ahead: until the other has caught up nobody needs what it asks for."""
+    for ahead, behind in zip(ASKING, [*ASKING[1:], ASKING[0]], strict=True):
+        turns = [METHODS[behind].asks_teacher, METHODS[ahead].asks_teacher | METHODS[behind].asks_teacher]
+        students = {ahead: [METHODS[ahead].asks_student], behind: [METHODS[behind].asks_student] * 2}
+        assert asked({ahead: 1, behind: 0}) == (students, [asks for asks in turns if asks]), (ahead, behind)
 
 
 # The teacher

@@ -208,6 +208,20 @@ def test_mixup_targets_are_the_shares_of_the_blend() -> None:
         torch.testing.assert_close(batch.targets.sum(1), torch.ones(8))
 
 
+@pytest.mark.parametrize("changes", [{}, {"mixup_alpha": 0.5}, {"cutmix_alpha": 0.1}, {"mixup_alpha": 0.5, "cutmix_alpha": 0.1}])
+def test_an_image_is_said_to_be_mixed_where_another_one_has_a_share_in_it(changes: dict[str, float]) -> None:
+    """There pixels, and the targets of images with partners of other classes, differ from those of the recipe that does not mix."""
+    views, plain = stream(hflip=0.5, **changes), stream(hflip=0.5)
+    said = []
+    for step in range(30):
+        batch, alone = views.batch(step), plain.batch(step)
+        others = alone.labels != alone.labels.flip(0)
+        assert torch.equal((batch.images != alone.images).flatten(1).any(dim=1), batch.mixed)
+        assert torch.equal((batch.targets != alone.targets).any(dim=1), batch.mixed & others)
+        said += batch.mixed.tolist()
+    assert set(said) == ({False, True} if "cutmix_alpha" in changes else {bool(changes)})  # a box may be smaller than a pixel
+
+
 def test_mixing_draws_have_timms_distribution() -> None:
     rng = np.random.default_rng(8)
     both = [mixing.draw(rng, recipe(mixup_alpha=0.2, cutmix_alpha=1.0), 16, 16) for _ in range(4000)]

@@ -91,7 +91,7 @@ def asked(output: Output, asks: Any) -> Output:
 def compute(method: Method, student: Output, teacher: Output, batch: Batch, progress: float = HALFWAY) -> Terms:
     """The terms of the loss. Neither model says more than it is asked for."""
     said = asked(student, method.asks_student), asked(teacher, method.asks_teacher)
-    terms: Terms = method(*said, batch, HARD["ce"], torch.tensor(progress, dtype=student.logits.dtype))
+    terms: Terms = method(*said, batch, HARD["ce"], torch.tensor(progress, dtype=torch.promote_types(student.logits.dtype, torch.float32)))
     return terms
 
 

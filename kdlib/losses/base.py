@@ -84,7 +84,7 @@ class Method(nn.Module):
             raise ValueError(f"found a batch of 1 image; allowed: 2 or more ({type(self).__name__} depends on which images share a batch)")
         if batch.targets.shape != student.logits.shape:
             raise ValueError(f"found targets of shape {(*batch.targets.shape,)}; allowed: that of the logits, {(*student.logits.shape,)}")
-        if Part.LOGITS in self.asks_teacher and teacher.logits.shape != student.logits.shape:
+        if Part.LOGITS in self.asks_teacher and teacher.logits.shape[1] != student.logits.shape[1]:
             classes = teacher.logits.shape[1]
             raise ValueError(f"found a teacher of {classes} classes; allowed: the student's {student.logits.shape[1]}; choose another one")
         with torch.autocast(student.logits.device.type, enabled=False):
