@@ -99,7 +99,7 @@ def methods() -> dict[str, Any]:
     kept = config.read(ROOT / "studies" / "methods")
     made["study"] |= {key: kept["study"][key] for key in ("challengers", "tables", "headline")}
     made["methods"] = kept["methods"]
-    made["recipes"] = {"weak": _PLAIN} | {f"weak_{loss}": _PLAIN | {"hard_loss": loss} for loss in ("bce", "none")}
+    made["recipes"] = {"weak": _PLAIN, "short": _PLAIN} | {f"short_{loss}": _PLAIN | {"hard_loss": loss} for loss in ("bce", "none")}
     made["comparisons"] = {name: item | _STUDENT for name, item in kept["comparisons"].items()}
     made["comparisons"]["small"] |= {"fraction": 0.5}
     return made
