@@ -103,10 +103,9 @@ def _methods(
         [[method, *(texts.get(method, "") for _, texts in columns)] for method in rows], columns=["method", *(head for head, _ in columns)]
     )
     item = study.comparisons[names[-1]]
-    teacher = f"{study.teachers[item.teacher].model}" + (f" ({number(100 * teachers[item.teacher])} %)" if item.teacher in teachers else "")
-    title = (
-        f"Every method on {item.data}: {teacher} → {item.student}, recipe {item.recipe}, hard label {study.recipes[item.recipe].hard_loss}"
-    )
+    teacher = f"{study.teachers[item.teacher].model} ({number(100 * teachers[item.teacher])} %)"
+    label = study.recipes[item.recipe].hard_loss
+    title = f"Every method on {item.data}: {teacher} → {item.student}, recipe {item.recipe}, hard label {label}"
     theirs = paper.assign(mean=paper["top1"], source=paper["kind"] + ": " + paper["source"]).drop(columns=["top1", "kind"])
     parts = {"accuracy": reached, "lead": ahead, "scale": change, "cost": cost, "published": theirs}
     sourced = [part.assign(question=question, source=part.get("source", HERE)) for question, part in parts.items() if len(part)]
