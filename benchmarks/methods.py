@@ -75,7 +75,7 @@ def compare(bench: Bench, names: Sequence[str], teacher: str, size: int, rounds:
     for name, found in seconds.items():
         ratios = ratio(found, seconds[bench.baseline])
         extra = sum(parameter.numel() for parameter in methods[name].parameters())
-        kept = sum(tensor.nbytes for tensor in (*methods[name].parameters(), *methods[name].buffers())) / 1e6
+        kept = methods[name].nbytes / 1e6
         row: Row = {"method": name, "teacher": teacher, "batch": size, "ms": 1e3 * statistics.median(found)} | ratios
         rows.append(row | {"peak_mb": peaks[name] / 1e6, "extra_parameters": extra, "kept_mb": kept, "rounds": rounds})
         print(f"{name:10} {teacher:10} batch {size}: {row['ms']:.1f} ms, x {row['ratio']:.2f}, {peaks[name] / 1e6:.1f} MB", flush=True)

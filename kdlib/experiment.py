@@ -1,7 +1,8 @@
 """Assembles one stage of the study from its names: the only place that knows data sets, models, methods and recipes by name."""
 
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsFloat, SupportsInt
@@ -15,7 +16,7 @@ from kdlib.checks import check_against_data, check_method, check_names
 from kdlib.config import Study, refuse
 from kdlib.data import prepare
 from kdlib.data.splits import DataSet, load, subset
-from kdlib.losses import METHODS, Method
+from kdlib.losses import METHODS, looks_at
 from kdlib.models import Classifier, build
 from kdlib.models.loading import load_checkpoint
 from kdlib.plan import TUNED, Variant, methods_of, trials_of
@@ -24,12 +25,13 @@ from kdlib.results import TEACHERS, full_disk_refused, read_json, run_folder, wr
 from kdlib.store import Store, beside_dvc_cache
 from kdlib.train.run import Job, Setting, train, write_measured
 from kdlib.train.teacher import Teacher
-from kdlib.types import Part
+from kdlib.train.workers import side_by_side, threads
 
 DATA = Path("runs/data")  # <name>/ below it
 PLAIN = next(name for name, method in METHODS.items() if not method.asks_teacher)  # how a teacher is trained
-# What a run's fingerprint covers by value, what only names other modules, or moves files about: a change there changes no number.
-UNCOUNTED = frozenset({"kdlib.config", "kdlib.data", "kdlib.losses", "kdlib.provenance", "kdlib.results", "kdlib.store"})
+# What a run's fingerprint covers by value, what only names other modules, moves files about or says how far it is: it changes no number.
+UNCOUNTED = frozenset(f"kdlib.{name}" for name in ("config", "data", "losses", "provenance", "results", "store", "train.progress"))
+Group = tuple[Sequence[Variant], int]  # variants and a seed: trained together, they share batches and one teacher pass
 
 
 class Diverged(RuntimeError):
@@ -56,6 +58,7 @@ class Experiment:
         self.study: Study = config.load(self.root)
         self.store = Store(beside_dvc_cache(self.root))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.cores = torch.get_num_threads() if self.device.type == "cpu" else 1  # to train on side by side; OMP_NUM_THREADS sets it
         check_names(self.study)
 
     # -- data -----------------------------------------------------------------------------------------------------------------
@@ -78,17 +81,13 @@ class Experiment:
         data = self.data(params.data)
         check_against_data(self.study, data)
         folder = self.root / TEACHERS / name
-        recipe = self.study.recipes[params.recipe]
-        index = np.arange(len(data.train.labels))
+        recipe, index = self.study.recipes[params.recipe], np.arange(len(data.train.labels))
         if params.checkpoint is None:
             setting = Setting(
                 data, index, params.model, params.size or data.size, None, recipe, params.seed, self.device, f"teacher {name}"
             )
-            plan = Planned(
-                Variant(PLAIN, PLAIN, {"hard_weight": 1.0}),
-                params.seed,
-                self._fingerprint(setting, None, PLAIN, {"hard_weight": 1.0}, False),
-            )
+            alone = Variant(PLAIN, PLAIN, {"hard_weight": 1.0})
+            plan = Planned(alone, params.seed, self._fingerprint(setting, None, PLAIN, alone.parameters, False))
             self._complete(setting, [plan])
             found = self.store.run(plan.fingerprint)
         else:
@@ -122,18 +121,19 @@ class Experiment:
     def distill(self, name: str) -> list[Path]:
         """Bring every run of a comparison to its end and put it below runs/distill/. Returns the folders.
 
-        A finished run is taken from the store, an interrupted one goes on, anything else is trained.
+        A finished run is taken from the store, an interrupted one goes on, anything else is trained; on a CPU the seeds side by side.
         """
         comparison = self.study.comparisons[config.known("comparisons", name, self.study.comparisons)]
         check_against_data(self.study, self.data(comparison.data))
         folders = []
         if comparison.sweep:
-            plans = self._run(name, trials_of(comparison, self.study), comparison.sweep.seed)
-            folders += [self._export(name, plan) for plan in plans]
+            trials = trials_of(comparison, self.study)
+            share = -(-len(trials) // self.cores)
+            shares = [(trials[first : first + share], comparison.sweep.seed) for first in range(0, len(trials), share)]
+            folders += [self._export(name, plan) for plan in self._run_groups(name, shares)]
         variants = [*methods_of(comparison, self.study), *self._chosen(name)]
-        for seed in self.study.study.seeds:
-            folders += [self._export(name, plan) for plan in self._run(name, variants, seed)]
-        return folders
+        groups = [(variants, seed) for seed in self.study.study.seeds]
+        return folders + [self._export(name, plan) for plan in self._run_groups(name, groups)]
 
     @full_disk_refused()
     def try_method(self, comparison: str, method: str, seed: SupportsInt, **parameters: SupportsFloat) -> Path:
@@ -147,7 +147,8 @@ class Experiment:
         variant = Variant(method, method, {**self.study.methods[config.known("method", method, self.study.methods)], **changed})
         check_method(f"methods.{method}", method, variant.parameters)
         check_against_data(self.study, self.data(self.study.comparisons[comparison].data))
-        (plan,) = self._run(comparison, [variant], int(seed))
+        with threads(self.cores // min(self.cores, len(self.study.study.seeds))):  # those of its comparison: numbers depend on them
+            (plan,) = self._run(comparison, ([variant], int(seed)))
         return self.store.run(plan.fingerprint)
 
     def student(self, comparison: str, folder: Path) -> Classifier:
@@ -163,8 +164,19 @@ class Experiment:
         classifier.net.load_state_dict(load_file(weights))
         return classifier.to(self.device)
 
-    def _run(self, name: str, variants: list[Variant], seed: int) -> list[Planned]:
-        comparison = self.study.comparisons[name]
+    def _run_groups(self, name: str, groups: Sequence[Group]) -> list[Planned]:
+        """Bring these groups to their end, side by side; in this process if all are finished, since another one takes seconds to start."""
+        planned = [plan for group in groups for plan in self._plan(name, group)[1]]
+        cores = 1 if all(self.store.finished(plan.fingerprint) for plan in planned) else self.cores
+        return [plan for plans in side_by_side(functools.partial(self._run, name), groups, cores) for plan in plans]
+
+    def _run(self, name: str, group: Group) -> list[Planned]:
+        setting, plans = self._plan(name, group)
+        self._complete(setting, plans)
+        return plans
+
+    def _plan(self, name: str, group: Group) -> tuple[Setting, list[Planned]]:
+        comparison, (variants, seed) = self.study.comparisons[name], group
         data, (teacher, digest) = self.data(comparison.data), self.teacher(comparison.teacher)
         setting = Setting(
             data,
@@ -177,9 +189,7 @@ class Experiment:
             self.device,
             f"{name} seed {seed}",
         )
-        plans = [Planned(v, seed, self._fingerprint(setting, digest, v.method, v.parameters, v.trial)) for v in variants]
-        self._complete(setting, plans)
-        return plans
+        return setting, [Planned(v, seed, self._fingerprint(setting, digest, v.method, v.parameters, v.trial)) for v in variants]
 
     def _complete(self, setting: Setting, plans: list[Planned]) -> None:
         """Train together whatever of these runs is not finished."""
@@ -270,18 +280,6 @@ class Experiment:
                 f"teachers.{name}.checkpoint", params.checkpoint, "weights that give finite logits", f"choose another file ({error})"
             ) from error
         return folder
-
-
-def looks_at(method: type[Method]) -> str:
-    """What a method asks for, in words; "hint: ..." (a term of the literature) where it asks the teacher for more than logits."""
-    if not method.asks_teacher:
-        return "no teacher"
-    hints, own = (
-        [part.value for part in Part if part in asks and part is not Part.LOGITS] for asks in (method.asks_teacher, method.asks_student)
-    )
-    if hints:
-        return f"hint: {', '.join(hints)}"
-    return ", ".join([Part.LOGITS.value, *(f"student's {part}" for part in own)])
 
 
 def _job(plan: Planned, folder: Path) -> Job:

@@ -7,7 +7,6 @@ python -m kdlib.notebook run STAGE[@NAME]       execute the stage's notebook, as
 import argparse
 import hashlib
 import json
-import os
 import re
 import signal
 import sys
@@ -20,6 +19,7 @@ from ruamel.yaml import YAML
 from kdlib import config
 from kdlib.config import Refused
 from kdlib.results import full_disk_refused, write_text
+from kdlib.train import progress
 
 LIVE = Path(".state/live")  # notebooks while they run, and those that failed
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -91,7 +91,7 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
 
     # DVC passes SIGTERM on to this process only: turned into Ctrl+C it also ends the kernel
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    os.environ["KDLIB_STAGE"] = stage.title  # the loop then logs lines instead of drawing a bar
+    progress.to_log()
     try:
         papermill.execute_notebook(
             str(notebook),

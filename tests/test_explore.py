@@ -53,7 +53,7 @@ def executed(experiment: Experiment) -> Iterator[list[nbformat.NotebookNode]]:
         patch.setenv("PYTHONPATH", str(experiment.root))
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-        patch.delenv("KDLIB_STAGE", raising=False)
+        patch.delenv("KDLIB_LOG", raising=False)
         before = _all(experiment.root)
         nbclient.execute(notebook, cwd=str(experiment.root / "notebooks"), allow_errors=True, timeout=200, kernel_name="python3")
         assert _all(experiment.root) == before
@@ -170,7 +170,7 @@ def test_answers_refuse_what_diverged_and_what_is_unknown(experiment: Experiment
 
 def test_equal_numbers_are_one_run(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole number, or a seed out of a table, is the number of params.yaml."""
-    monkeypatch.setenv("KDLIB_STAGE", "test")
+    monkeypatch.setenv("KDLIB_LOG", "test")
     seed = explore.finished(experiment).index[0][2]
     first = experiment.try_method("small_weak", "kd", 0, weight=1.0)
     assert first == experiment.try_method("small_weak", "kd", seed, weight=np.float64(1))

@@ -43,6 +43,7 @@ REPEATS_NOTHING = {
     *("kdlib", "kdlib.config", "kdlib.schema", "kdlib.checks", "kdlib.plan", "kdlib.experiment", "kdlib.provenance", "kdlib.store"),
     "kdlib.models.loading",  # a checkpoint is known by its bytes, and measured anew each time
     *("kdlib.data", "kdlib.losses"),  # registries: name -> module
+    *("kdlib.train.progress", "kdlib.train.workers"),  # what is shown, and where it is done
     *(f"kdlib.data.{name}" for name in ("chaos", "cifar100", "digits", "files", "folder", "fractals", "imagenet")),
     *("kdlib.toy", "kdlib.disagreements", *(f"kdlib.disagreements.{name}" for name in ("base", "features", "logits"))),
     *("kdlib.results", "kdlib.published", "kdlib.stats", "kdlib.show", "kdlib.explore", "kdlib.notebook", "kdlib.study"),
@@ -164,7 +165,7 @@ def test_a_change_repeats_exactly_the_runs_that_it_can_change(package: Path, bef
 
 def test_a_module_that_training_comes_to_import_counts_at_once(package: Path) -> None:
     (package / "train" / "new.py").write_text("FACTOR = 1\n")
-    edit(package / "train" / "fit.py", lambda code: code.replace("\nimport os\n", "\nimport os\n\nimport kdlib.train.new\n", 1))
+    edit(package / "train" / "fit.py", lambda code: code.replace("\nimport time\n", "\nimport time\n\nimport kdlib.train.new\n", 1))
     before = codes(package)
     edit(package / "train" / "new.py", lambda code: code.replace("1", "2"))
     assert codes(package)["kd"] != before["kd"]

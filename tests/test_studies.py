@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kdlib import config, tables
-from kdlib.experiment import Experiment, looks_at
-from kdlib.losses import METHODS
+from kdlib.experiment import Experiment
+from kdlib.losses import METHODS, looks_at
 from tests import tiny
 
 STUDIES = [tiny.ROOT, *sorted(path.parent for path in (tiny.ROOT / "studies").glob("*/params.yaml"))]

@@ -19,6 +19,7 @@ from kdlib.losses.reviewkd import ReviewKD
 from kdlib.losses.rkd import RKD
 from kdlib.losses.sp import SP
 from kdlib.losses.vid import VID
+from kdlib.types import Part
 
 METHODS: dict[str, type[Method]] = {
     "no_kd": NoKD,
@@ -40,4 +41,16 @@ METHODS: dict[str, type[Method]] = {
     "vid": VID,
 }
 
-__all__ = ["HARD", "METHODS", "Method"]
+__all__ = ["HARD", "METHODS", "Method", "looks_at"]
+
+
+def looks_at(method: type[Method]) -> str:
+    """What a method asks for, in words; "hint: ..." (a term of the literature) where it asks the teacher for more than logits."""
+    if not method.asks_teacher:
+        return "no teacher"
+    hints, own = (
+        [part.value for part in Part if part in asks and part is not Part.LOGITS] for asks in (method.asks_teacher, method.asks_student)
+    )
+    if hints:
+        return f"hint: {', '.join(hints)}"
+    return ", ".join([Part.LOGITS.value, *(f"student's {part}" for part in own)])

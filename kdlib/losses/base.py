@@ -71,6 +71,11 @@ class Method(nn.Module):
         Raises ValueError, as "found ...; allowed: ...; what to do", for models that the method cannot learn from.
         """
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps throughout training: parameters and banks."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+
     def forward(self, student: Output, teacher: Output, batch: Batch, hard: HardLoss | None, progress: Float[Tensor, ""]) -> Terms:
         """All terms of the loss, already weighted: ``hard``, the loss on the hard label if there is one, and the method's own.
 

@@ -1,7 +1,5 @@
 """The loop: one batch, one teacher pass, one step for every learner whose turn it is."""
 
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +9,7 @@ from tqdm.auto import tqdm
 
 from kdlib.data.stream import ViewStream
 from kdlib.train.learner import Learner
+from kdlib.train.progress import watched
 from kdlib.train.teacher import Teacher
 from kdlib.types import Asks, Batch, Output
 
@@ -37,7 +36,7 @@ def fit(
     running = [learner for learner in learners if learner.step < total]
     teacher_seconds, saved = 0.0, time.monotonic()
     first = min((learner.step for learner in running), default=total)
-    bar = tqdm(range(first, total), initial=first, total=total, desc=title, unit="step", disable=not _watched())
+    bar = tqdm(range(first, total), initial=first, total=total, desc=title, unit="step", disable=not watched())
     for step in bar:
         active = [learner for learner in running if learner.step == step]
         if not active:
@@ -82,14 +81,9 @@ def _close_epoch(active: list[Learner], stream: ViewStream, step: int, validate:
         learner.close_epoch(epoch, seen, val_top1)
         shown.append(f"{learner.name} {learner.curve[-1]['loss']:.3f}" + (f" ({100 * val_top1:.1f} %)" if val_top1 is not None else ""))
     told = "  ".join(shown)
-    if not _watched():
+    if not watched():
         print(f"{title}  epoch {epoch}/{epochs}  step {step + 1}/{total}  loss (val top-1): {told}", flush=True)
     return told
-
-
-def _watched() -> bool:
-    """Whether a person looks at a live bar (JupyterLab, a terminal) or at a log (a pipeline stage, a file)."""
-    return "KDLIB_STAGE" not in os.environ and ("ipykernel" in sys.modules or sys.stderr.isatty())
 
 
 def to_device(batch: Batch, learners: Sequence[Learner]) -> Batch:

@@ -144,7 +144,7 @@ def _write(job: Job, learner: Learner, setting: Setting, measured: _Measured, st
         "steps": steps,
         "student_parameters": sum(parameter.numel() for parameter in learner.student.parameters()),
         "extra_parameters": sum(parameter.numel() for parameter in learner.method.parameters()),
-        "extra_bytes": sum(tensor.nbytes for tensor in (*learner.method.parameters(), *learner.method.buffers())),
+        "extra_bytes": learner.method.nbytes,
         "step_bytes": step_bytes,
         # a backward pass costs two forward passes (the FLOP counter over-counts grouped convolutions backward)
         "train_flops": 3 * seen * forward_flops(learner.student, *shape),
