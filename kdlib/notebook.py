@@ -99,7 +99,10 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
             parameters={"name": stage.name} if stage.name else {},
             kernel_name="python3",
             progress_bar=False,
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # it warns of its sockets and reports the end of the run as an error
+            extra_arguments=[
+                "--IPKernelApp.log_level=CRITICAL",  # it warns of its sockets and reports the end of the run as an error
+                "--IPKernelApp.capture_fd_output=False",  # what its child processes print would be shown twice
+            ],
             shutdown_kernel="immediate",  # its files are whole when its last cell ends; taking torch apart would cost 1 s per stage
             log_output=True,
             stdout_file=sys.stdout,
