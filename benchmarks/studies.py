@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -89,6 +90,22 @@ def stages(folder: Path) -> dict[str, str]:
     }
 
 
+def markdown(found: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "# What the studies cost",
+        "",
+        "Written by `python benchmarks/studies.py`. Installation is apart. No test asserts a time.",
+        "",
+    ]
+    lines += ["| what | measured | on |", "|---|---|---|"]
+    for measured in found.values():
+        place = ", ".join(
+            f"load {value} before" if key == "load before" else str(value) for key, value in measured.items() if key != "rows"
+        )
+        lines += [f"| {what} | {value} | {place} |" for what, value in measured["rows"].items()]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     part, folder = (
         {"study": study, "methods": methods, "stages": stages}[sys.argv[1]],
@@ -106,19 +123,7 @@ def main() -> None:
     found[sys.argv[1]] = {"rows": part(folder), **machine}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=2) + "\n")
-    lines = [
-        "# What the studies cost",
-        "",
-        "Written by `python benchmarks/studies.py`. Installation is apart. No test asserts a time.",
-        "",
-    ]
-    lines += ["| what | measured | on |", "|---|---|---|"]
-    for measured in found.values():
-        place = ", ".join(
-            f"load {value} before" if key == "load before" else str(value) for key, value in measured.items() if key != "rows"
-        )
-        lines += [f"| {what} | {value} | {place} |" for what, value in measured["rows"].items()]
-    (HERE / "studies.md").write_text("\n".join(lines) + "\n")
+    (HERE / "studies.md").write_text(markdown(found))
 
 
 if __name__ == "__main__":

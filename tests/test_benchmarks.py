@@ -77,3 +77,11 @@ def test_the_committed_page_is_of_the_committed_results() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(str(ROOT / "benchmarks"))
             assert page.read_text() == importlib.import_module("methods").markdown([json.loads(path.read_text()) for path in results])
+
+
+def test_the_page_of_the_studies_is_of_the_committed_results() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        module = importlib.import_module("studies")
+    found = json.loads((ROOT / "benchmarks" / "results" / "studies.json").read_text())
+    assert (ROOT / "benchmarks" / "studies.md").read_text() == module.markdown(found)
