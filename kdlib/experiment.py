@@ -25,7 +25,7 @@ from kdlib.results import TEACHERS, full_disk_refused, read_json, run_folder, wr
 from kdlib.store import Store, beside_dvc_cache
 from kdlib.train.run import Job, Setting, train, write_measured
 from kdlib.train.teacher import Teacher
-from kdlib.train.workers import side_by_side, threads
+from kdlib.train.workers import side_by_side, threads, threads_each
 
 DATA = Path("runs/data")  # <name>/ below it
 PLAIN = next(name for name, method in METHODS.items() if not method.asks_teacher)  # how a teacher is trained
@@ -147,7 +147,7 @@ class Experiment:
         variant = Variant(method, method, {**self.study.methods[config.known("method", method, self.study.methods)], **changed})
         check_method(f"methods.{method}", method, variant.parameters)
         check_against_data(self.study, self.data(self.study.comparisons[comparison].data))
-        with threads(self.cores // min(self.cores, len(self.study.study.seeds))):  # those of its comparison: numbers depend on them
+        with threads(threads_each(len(self.study.study.seeds), self.cores)):  # as in its comparison: numbers depend on them
             (plan,) = self._run(comparison, ([variant], int(seed)))
         return self.store.run(plan.fingerprint)
 
@@ -166,9 +166,11 @@ class Experiment:
 
     def _run_groups(self, name: str, groups: Sequence[Group]) -> list[Planned]:
         """Bring these groups to their end, side by side; in this process if all are finished, since another one takes seconds to start."""
-        planned = [plan for group in groups for plan in self._plan(name, group)[1]]
-        cores = 1 if all(self.store.finished(plan.fingerprint) for plan in planned) else self.cores
-        return [plan for plans in side_by_side(functools.partial(self._run, name), groups, cores) for plan in plans]
+        # planned one by one, as far as the first that is not finished: each costs the loading of a teacher
+        planned = (plan for group in groups for plan in self._plan(name, group)[1])
+        here = self.cores == 1 or all(self.store.finished(plan.fingerprint) for plan in planned)
+        found = side_by_side(functools.partial(self._run, name), groups, 1 if here else self.cores)
+        return [plan for plans in found for plan in plans]
 
     def _run(self, name: str, group: Group) -> list[Planned]:
         setting, plans = self._plan(name, group)

@@ -32,13 +32,18 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], cores: i
         return [work(item) for item in items]
     watch = functools.partial(_start, os.getpid())
     try:
-        with parallel_config("loky", n_jobs=processes, inner_max_num_threads=cores // processes, initializer=watch):
+        with parallel_config("loky", n_jobs=processes, inner_max_num_threads=threads_each(len(items), cores), initializer=watch):
             return list(Parallel()(delayed(work)(item) for item in items))
     except TerminatedWorkerError as error:
         raise RuntimeError(
             f"one of {processes} processes that trained side by side was ended from outside, most often for lack of memory. What they had "
             "saved is kept: run the same again, with OMP_NUM_THREADS set to a smaller number for fewer processes"
         ) from error
+
+
+def threads_each(items: int, cores: int) -> int:
+    """Of torch's, for each of the processes in which ``side_by_side`` works on so many items."""
+    return cores // max(1, min(cores, items))
 
 
 @contextmanager
