@@ -1,6 +1,6 @@
 """The form of params.yaml: its sections, their keys, and the type and range of every value."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -95,10 +95,14 @@ class Recipe(Part):
 
     epochs: Positive  # passes over the *whole* training split; a fraction of it is passed over more often
     batch_size: Annotated[int, Field(ge=2)]
+    group_size: Annotated[int, Field(ge=2)] | None  # of a mix group (see kdlib.data.stream); divides the batch; null: all of it
+    repeats: Count  # views of an image in a row (repeated augmentation)
     optimizer: str  # timm's name
     learning_rate: Positive
     weight_decay: NonNegative
+    clip_norm: NonNegative  # of the gradient of student and adapters together; 0 switches it off
     warmup: Annotated[float, Field(ge=0, lt=1)]  # share of all steps, linear from 0; then a cosine to 0
+    ema: list[Annotated[float, Field(gt=0, lt=1)]]  # decays of averaged weights, which are measured too
     hard_loss: Literal["ce", "bce", "none"]  # none: the teacher alone, whatever hard_weight says
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     drop_path: Annotated[float, Field(ge=0, lt=1)]
@@ -107,6 +111,18 @@ class Recipe(Part):
     mixup_alpha: NonNegative  # 0 switches it off
     cutmix_alpha: NonNegative
     randaugment: RandAugmentParams
+    erasing: Share  # probability that a box of a view is grey
+    augment: Literal["batched", "timm"]  # crops and RandAugment: of a whole batch at once, or by timm's transforms on PIL images
+
+    @property
+    def groups(self) -> int:
+        """Mix groups of a batch."""
+        return self.batch_size // (self.group_size or self.batch_size)
+
+    def views(self) -> dict[str, Any]:
+        """What views depend on."""
+        sizes, crops, mixing = {"batch_size", "group_size", "repeats"}, {"crop_padding", "crop_min_area"}, {"mixup_alpha", "cutmix_alpha"}
+        return self.model_dump(include=sizes | crops | mixing | {"randaugment", "erasing", "augment"})
 
 
 class Teacher(Part):
@@ -147,6 +163,26 @@ class Headline(Part):
     recipes: Annotated[list[str], Field(min_length=1, max_length=2)]  # of two the first is the weaker; one has no other to be compared with
 
 
+class Launch(Part):
+    """Processes that train one run together, by distributed data parallelism; each takes whole mix groups."""
+
+    processes: Count  # on each machine: one for each GPU
+    nodes: Count  # machines, which run the same command and share the folder of the study
+    rendezvous: str | None  # host:port of one of them, where there are several
+
+
+class ComputeParams(Part):
+    """How models compute; ``auto``: what pays on the device, and each run records what that was."""
+
+    precision: Literal["auto", "fp32", "bf16"]
+    compile: Literal[
+        "auto", True, False, "graphs"
+    ]  # a student with its loss; graphs: as CUDA graphs too, for nets whose kernels are too short
+    resident: Literal["auto", True, False]  # all training images in the memory of the device
+    # the next views and answers while the students train: by half of a run's threads, on a GPU in a stream of its own (true, not auto)
+    ahead: Literal["auto", True, False]
+
+
 class StudyParams(Part):
     seeds: Annotated[list[Seed], Field(min_length=1)]
     baseline: str
@@ -154,6 +190,9 @@ class StudyParams(Part):
     confidence: Annotated[float, Field(gt=0, lt=1)]
     on_divergence: Literal["continue", "fail"]
     checkpoint_seconds: NonNegative
+    answers_gb: NonNegative  # that a teacher's answers to one seed's views may take on the disk; above it they are asked each time
+    launch: Launch
+    compute: ComputeParams
     tables: Annotated[list[str], Field(min_length=1)]  # the first is the README's
     headline: Headline
 
@@ -176,6 +215,8 @@ PARTS: dict[str, type[Part]] = {
     "": Study,
     "study": StudyParams,
     "study.headline": Headline,
+    "study.launch": Launch,
+    "study.compute": ComputeParams,
     "teachers": Teacher,
     "recipes": Recipe,
     "recipes.randaugment": RandAugmentParams,

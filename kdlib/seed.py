@@ -1,6 +1,9 @@
 """Every random number comes from here: a stream is named by a seed and a few keys, never by what ran before it."""
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -23,3 +26,21 @@ def generator(*keys: int | str) -> np.random.Generator:
 def seed_torch(*keys: int | str) -> None:
     """Point torch's global generators (initialisation, dropout, drop path) at the stream of these keys."""
     torch.manual_seed(_entropy(*keys) % 2**63)
+
+
+@contextmanager
+def global_draws(*keys: int | str) -> Iterator[None]:
+    """Within, Python's, NumPy's and torch's global generators give the draws of these keys, for libraries that ask those; then they go on
+    as if nothing had been drawn.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng([]):
+        entropy = _entropy(*keys)
+        random.seed(entropy)
+        np.random.seed(entropy % 2**32)  # noqa: NPY002
+        torch.manual_seed(entropy % 2**63)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

@@ -13,7 +13,7 @@ RANDAUGMENT = {"operations": 0, "magnitude": 0.0, "magnitude_std": 0.0}
 RECIPE = {
     **{"epochs": 2.0, "batch_size": 4, "optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "warmup": 0.0, "hard_loss": "ce"},
     **{"label_smoothing": 0.0, "drop_path": 0.0, "crop_padding": 0.0, "crop_min_area": 1.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0},
-    "randaugment": RANDAUGMENT,
+    **{"randaugment": RANDAUGMENT, "erasing": 0.0, "augment": "batched", "group_size": None, "repeats": 1, "clip_norm": 0.0, "ema": []},
 }
 DIGITS = {"source": "digits", "val_fraction": 0.1, "test_fraction": 0.2, "seed": 0, "hflip": 0.0}
 METHODS = {
@@ -81,7 +81,11 @@ def study(**changes: Any) -> config.Study:
     }
     tune = {**PLACE, "fraction": 0.1, "recipe": "weak", "methods": [], "sweep": {"seed": 0, "grids": GRIDS}}
     headline = {"data": "digits", "recipes": ["weak", "strong"]}
-    general = {"seeds": [0, 1, 2], "baseline": "kd", "challengers": ["dkd", "dist"], "confidence": 0.95}
+    general = {"seeds": [0, 1, 2], "baseline": "kd", "challengers": ["dkd", "dist"], "confidence": 0.95, "answers_gb": 0.0}
+    general |= {
+        "launch": {"processes": 1, "nodes": 1, "rendezvous": None},
+        "compute": {"precision": "auto", "compile": "auto", "resident": "auto", "ahead": "auto"},
+    }
     return config.parse(
         {
             "study": {**general, "on_divergence": "continue", "checkpoint_seconds": 0.0, "tables": TABLES, "headline": headline, **changes},

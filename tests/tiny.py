@@ -13,10 +13,14 @@ ROOT = Path(__file__).parents[1]
 _PLAIN: dict[str, Any] = {
     "epochs": 4,
     "batch_size": 16,
+    "group_size": None,
+    "repeats": 1,
     "optimizer": "sgd",
     "learning_rate": 0.1,
     "weight_decay": 0.0005,
+    "clip_norm": 0.0,
     "warmup": 0.1,
+    "ema": [],
     "hard_loss": "ce",
     "label_smoothing": 0.0,
     "drop_path": 0.0,
@@ -25,6 +29,8 @@ _PLAIN: dict[str, Any] = {
     "mixup_alpha": 0.0,
     "cutmix_alpha": 0.0,
     "randaugment": {"operations": 0, "magnitude": 0, "magnitude_std": 0},
+    "erasing": 0.0,
+    "augment": "batched",
 }
 _STRONG = _PLAIN | {
     "hard_loss": "bce",
@@ -44,6 +50,9 @@ _CONTENT: dict[str, Any] = {
         "confidence": 0.95,
         "on_divergence": "continue",
         "checkpoint_seconds": 0,
+        "answers_gb": 1.0,
+        "compute": {"precision": "auto", "compile": "auto", "resident": "auto", "ahead": "auto"},
+        "launch": {"processes": 1, "nodes": 1, "rendezvous": None},
         "tables": ["data_scale", "recipes", "tuning", "cost", "measures"],
         "headline": {"data": "fractals", "recipes": ["weak", "strong"]},
     },

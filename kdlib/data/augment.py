@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from kdlib.config import Recipe
+from kdlib.data.place import sent
 
 Levels = UInt8[Tensor, "batch height width channels"]  # what image files hold; augmentations of PIL's kind are defined on it
 ASPECTS = (3 / 4, 4 / 3)  # width over height of a resized crop (Szegedy et al., arXiv 1409.4842, section 6)
@@ -60,7 +61,7 @@ def shift_and_flip(images: Levels, shifts: Int[np.ndarray, "2 batch"], flips: Bo
     columns = np.where(flips[:, None], np.arange(width)[::-1], np.arange(width)) + shifts[1, :, None] + right
     padded = F.pad(images, (0, 0, right, right, down, down))
     places = (np.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :])
-    return padded[tuple(torch.from_numpy(place).to(images.device) for place in places)]
+    return padded[tuple(sent(place, images.device) for place in places)]
 
 
 def resize_boxes(images: Levels, boxes: Int[np.ndarray, "4 batch"]) -> Levels:
@@ -72,7 +73,7 @@ def resize_boxes(images: Levels, boxes: Int[np.ndarray, "4 batch"]) -> Levels:
     top, left, high, wide = (side[:, None] for side in boxes)
     y = np.clip(top + (np.arange(height) + 0.5) * high / height, top + 0.5, top + high - 0.5)
     x = np.clip(left + (np.arange(width) + 0.5) * wide / width, left + 0.5, left + wide - 0.5)
-    y, x = (torch.from_numpy(places.astype(np.float32)).to(images.device) for places in (y, x))
+    y, x = (sent(places.astype(np.float32), images.device) for places in (y, x))
     return sample(images, y[:, :, None].expand(-1, -1, width), x[:, None, :].expand(-1, height, -1))
 
 

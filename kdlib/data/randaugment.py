@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kdlib.config import RandAugmentParams
 from kdlib.data.augment import Levels, sample
+from kdlib.data.place import sent
 
 APPLIED = 0.5  # probability that a chosen operation is applied (timm's default)
 FILL = 128
@@ -59,8 +60,8 @@ def apply(images: Levels, draws: Draws) -> Levels:
             chosen = np.flatnonzero(applied & (operation == number))
             if len(chosen):
                 values = argument(magnitude[chosen] / HIGHEST, sign[chosen]).astype(np.float32)
-                where = torch.from_numpy(chosen).to(images.device)
-                images[where] = act(images[where], torch.from_numpy(values).to(images.device))
+                where = sent(chosen, images.device)
+                images[where] = act(images[where], sent(values, images.device))
     return images
 
 

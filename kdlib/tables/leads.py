@@ -109,7 +109,7 @@ def hard_labels(study: Study) -> list[dict[str, str]]:
     for name in ordered(study):
         item = study.comparisons[name]
         recipe = study.recipes[item.recipe]
-        rest = (item.data, item.teacher, item.student, item.fraction, recipe.model_copy(update={"hard_loss": ""}))
+        rest = (item.data, item.teacher, item.student, item.fraction, recipe.model_dump_json(exclude={"hard_loss"}))
         if item.methods:
             found.setdefault(rest, {}).setdefault(recipe.hard_loss, name)
     return [group for group in found.values() if len(group) > 1]
