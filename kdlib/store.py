@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 METRICS = "metrics.json"  # written last: a run is finished when it is there
+RUNS, ANSWERS = "kdlib-runs", "kdlib-answers"
 FILES = (METRICS, "curve.csv", "timing.json", "environment.json", "weights.safetensors")
 
 
@@ -45,7 +46,8 @@ class Store:
     def export(self, fingerprint: str, folder: Path) -> None:
         """Copy a finished run's files to where the pipeline expects them, each whole or not at all; metrics.json last."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in reversed(FILES):
+        averages = sorted(path.name for path in (self.folder / fingerprint).glob("weights_*.safetensors"))
+        for name in (*averages, *reversed(FILES)):
             temporary = folder / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
             try:
                 shutil.copyfile(self.folder / fingerprint / name, temporary)
@@ -97,6 +99,6 @@ def dvc_cache(root: Path) -> Path:
     return (folder / Path(found.get("cache", "dir", fallback="cache").strip("'\"")).expanduser()).resolve()
 
 
-def beside_dvc_cache(root: Path) -> Path:
-    """Where the store of a study's project lies: one for all its studies, so that they share their runs."""
-    return dvc_cache(root).parent / "kdlib-runs"
+def beside_dvc_cache(root: Path, name: str = RUNS) -> Path:
+    """Where the runs, or the ANSWERS, of a study's project are kept: in one place for all its studies, so that they share them."""
+    return dvc_cache(root).parent / name

@@ -9,6 +9,7 @@ python -m kdlib.study gc               what store and cache hold; with --free, d
 import argparse
 import fcntl
 import io
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import pandas as pd
 from kdlib import config, tables
 from kdlib.config import Refused
 from kdlib.results import DISTILL, TEACHERS, read_json, write_text
-from kdlib.store import Store, beside_dvc_cache, dvc_cache, project, size
+from kdlib.store import ANSWERS, Store, beside_dvc_cache, dvc_cache, project, size
 
 STUDIES = "studies"  # of the project: all but the default one, which is the project's own folder
 VERDICTS = "results/verdicts.csv"
@@ -91,14 +92,19 @@ def gc(root: Path, free: bool) -> None:
     unused = [name for name in sizes if name not in used]
     print(f"run store   {store.folder}: {len(sizes)} runs, {sum(sizes.values()) / 1e6:.1f} MB")
     print(f"            not used by any runs/: {len(unused)} runs, {sum(sizes[name] for name in unused) / 1e6:.1f} MB")
+    answers = beside_dvc_cache(root, ANSWERS)
+    print(f"answers     {answers}: {size(answers) / 1e6:.1f} MB that teachers can be asked for again")
     print(f"DVC cache   {dvc_cache(root)}: {size(dvc_cache(root)) / 1e6:.1f} MB")
     if not free:
-        print("nothing was deleted: `make gc FREE=1` deletes unused runs, and what DVC caches for neither the workspace nor a commit")
+        what = "unused runs, all teachers' answers, and what DVC caches for neither the workspace nor a commit"
+        print(f"nothing was deleted: `make gc FREE=1` deletes {what}")
         return
     with _alone(root):  # a run is finished a moment before runs/ has it
         used = _used(root)
         freed = sum(bytes_ for name, bytes_ in store.sizes().items() if name not in used and store.remove(name))
-        print(f"freed {freed / 1e6:.1f} MB of the run store", flush=True)
+        kept = size(answers)
+        shutil.rmtree(answers, ignore_errors=True)  # who trains at this moment writes them anew
+        print(f"freed {freed / 1e6:.1f} MB of the run store, {kept / 1e6:.1f} MB of answers", flush=True)
         subprocess.run([sys.executable, "-m", "dvc", "gc", "--workspace", "--all-commits", "--force"], cwd=root, check=False)
 
 

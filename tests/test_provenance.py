@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib import experiment, provenance
-from kdlib.config import Recipe
-from kdlib.experiment import UNCOUNTED, Experiment, Planned
+from kdlib import identity, provenance
+from kdlib.config import ComputeParams, Recipe
+from kdlib.experiment import Experiment, Planned
+from kdlib.identity import UNCOUNTED
 from kdlib.losses import METHODS
+from kdlib.plan import Variant
 from kdlib.provenance import closure, fingerprint
 from kdlib.train.run import Setting
 from tests import tiny, training
@@ -32,21 +34,52 @@ REPEATS: dict[str, set[str]] = {
     "kdlib.losses.kd": {"kd", "dkd", "funmatch", "lskd"},
     "kdlib.losses.target": {"dkd", "nkd"},
     "kdlib.losses.stages": {"at", "cc", "crd", "fitnet", "ofa", "reviewkd", "rkd", "sp", "vid"},
-    "kdlib.losses.ranks": {"crd"},
-    **dict.fromkeys(("kdlib.losses.base", "kdlib.losses.hard", "kdlib.seed", "kdlib.types"), EVERY),
-    **dict.fromkeys((f"kdlib.data.{name}" for name in ("augment", "mixing", "randaugment", "splits", "stream")), EVERY),
+    **dict.fromkeys(("kdlib.losses.base", "kdlib.losses.hard", "kdlib.ranks", "kdlib.seed", "kdlib.types"), EVERY),
+    **dict.fromkeys(
+        (f"kdlib.data.{name}" for name in ("augment", "erasing", "mixing", "pil", "place", "randaugment", "splits", "stream")), EVERY
+    ),
     **dict.fromkeys(("kdlib.models", "kdlib.models.build", "kdlib.models.features", "kdlib.models.small", "kdlib.train"), EVERY),
-    **dict.fromkeys((f"kdlib.train.{name}" for name in ("checkpoint", "fit", "learner", "measure", "memory", "run", "teacher")), EVERY),
+    **dict.fromkeys(
+        (
+            f"kdlib.train.{name}"
+            for name in (
+                "ahead",
+                "answers",
+                "checkpoint",
+                "compute",
+                "fit",
+                "learner",
+                "measure",
+                "memory",
+                "norms",
+                "run",
+                "signals",
+                "teacher",
+                "threads",
+            )
+        ),
+        EVERY,
+    ),
 }
 # What a fingerprint holds by value (params.yaml as checked, a digest of the data and of the teacher), and what reads finished runs.
 REPEATS_NOTHING = {
-    *("kdlib", "kdlib.config", "kdlib.schema", "kdlib.checks", "kdlib.plan", "kdlib.experiment", "kdlib.provenance", "kdlib.store"),
+    *(
+        "kdlib",
+        "kdlib.config",
+        "kdlib.schema",
+        "kdlib.checks",
+        "kdlib.plan",
+        "kdlib.experiment",
+        "kdlib.identity",
+        "kdlib.provenance",
+        "kdlib.store",
+    ),
     "kdlib.models.loading",  # a checkpoint is known by its bytes, and measured anew each time
     *("kdlib.data", "kdlib.losses"),  # registries: name -> module
-    *("kdlib.train.progress", "kdlib.train.workers"),  # what is shown, and where it is done
+    *("kdlib.train.progress", "kdlib.train.workers", "kdlib.train.launch", "kdlib.train.schedule"),  # what is shown, and where it is done
     *(f"kdlib.data.{name}" for name in ("chaos", "cifar100", "digits", "files", "folder", "fractals", "imagenet")),
     *("kdlib.toy", "kdlib.disagreements", *(f"kdlib.disagreements.{name}" for name in ("base", "features", "logits"))),
-    *("kdlib.results", "kdlib.published", "kdlib.stats", "kdlib.show", "kdlib.explore", "kdlib.notebook", "kdlib.study"),
+    *("kdlib.results", "kdlib.published", "kdlib.stats", "kdlib.show", "kdlib.explore", "kdlib.export", "kdlib.notebook", "kdlib.study"),
     *("kdlib.plots", *(f"kdlib.plots.{name}" for name in ("by_method", "curves", "scales", "style", "tuning"))),
     *(
         "kdlib.tables",
@@ -76,7 +109,7 @@ def of(package: Path) -> Any:
 def codes(package: Path) -> dict[str, str]:
     """Fingerprints of one run of every method, as the experiment computes them, for the code of the copy."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(experiment, "code_fingerprint", of(package).code_fingerprint)
+        patched.setattr(identity, "code_fingerprint", of(package).code_fingerprint)
         return {name: described(small(), method=name) for name in METHODS}
 
 
@@ -239,7 +272,7 @@ def test_a_fingerprint_is_of_values() -> None:
 
 
 def described(setting: Setting, teacher: str | None = "teacher", method: str = "kd", trial: bool = False, **parameters: float) -> str:
-    return object.__new__(Experiment)._fingerprint(setting, teacher, method, parameters, trial)
+    return identity.of_run(setting, teacher, Variant("any name", method, parameters, trial))
 
 
 def other_recipes() -> Iterator[Recipe]:
@@ -250,7 +283,8 @@ def other_recipes() -> Iterator[Recipe]:
             for inner, number in value.items():
                 yield recipe.model_copy(update={name: getattr(recipe, name).model_copy(update={inner: number + 1})})
         else:
-            yield recipe.model_copy(update={name: value + "x" if isinstance(value, str) else value + 1})
+            other = value + "x" if isinstance(value, str) else [*value, 0.5] if isinstance(value, list) else (value or 0) + 1
+            yield recipe.model_copy(update={name: other})
 
 
 def test_everything_that_a_run_is_given_counts() -> None:
@@ -265,19 +299,20 @@ def test_everything_that_a_run_is_given_counts() -> None:
         small(size=9),
         small(seed=1),
         small(device=torch.device("meta")),
+        small(compute=ComputeParams(precision="bf16", compile="auto", resident="auto", ahead="auto")),
     ]
     found = [described(setting) for setting in changed]
     found += [described(small(), **given) for given in ({"teacher": "other"}, {"teacher": None}, {"method": "dkd"}, {"trial": True})]
     found += [described(small(), weight=1.0), described(small(), weight=2.0), described(small(), temperature=1.0)]
     assert len({plain, *found}) == 1 + len(found)
-    assert described(small(title="another title")) == plain
+    assert described(small(title="another title", answers=Path("elsewhere"), answers_gb=2.0)) == plain
     assert described(small(), a=1.0, b=2.0) == described(small(), b=2.0, a=1.0)
 
 
 def test_no_field_of_a_setting_is_forgotten() -> None:
     """A new field of Setting must be described, or be listed here as no matter to any number."""
-    counted = {"data", "index", "student", "size", "teacher", "recipe", "seed", "device"}
-    assert {field.name for field in dataclasses.fields(Setting)} == counted | {"title"}
+    counted = {"data", "index", "student", "size", "teacher", "recipe", "seed", "device", "compute"}
+    assert {field.name for field in dataclasses.fields(Setting)} == counted | {"title", "answers", "answers_gb"}
 
 
 # params.yaml

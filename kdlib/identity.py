@@ -1,0 +1,53 @@
+"""What a run and a teacher's answers are known by: a hash of everything that can change a number of theirs."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdlib.losses import METHODS
+from kdlib.plan import Variant
+from kdlib.provenance import code_fingerprint, fingerprint
+from kdlib.train.run import Setting
+
+# What a fingerprint covers by value, what only names other modules, moves files about or says how far it is: it changes no number.
+UNCOUNTED = frozenset(f"kdlib.{name}" for name in ("config", "data", "losses", "provenance", "results", "store", "train.progress"))
+
+
+def of_run(setting: Setting, teacher: str | None, variant: Variant) -> str:
+    """Of the weights and measures that training ends with."""
+    described = _views(setting) | {
+        "teacher": teacher,
+        "student": setting.student,
+        "size": setting.size,
+        "recipe": setting.recipe.model_dump(),
+        "method": variant.method,
+        "parameters": dict(sorted(variant.parameters.items())),
+        "trial": variant.trial,
+    }
+    return fingerprint(described, code_fingerprint(["kdlib.train.run", METHODS[variant.method].__module__], UNCOUNTED))
+
+
+def of_answers(setting: Setting, teacher: str) -> str:
+    """Of what a teacher says of the views, to the bit: on one kind of machine, version of torch and number of threads."""
+    exact = (torch.__version__, torch.get_num_threads())
+    code = code_fingerprint(["kdlib.data.stream", "kdlib.train.answers"], UNCOUNTED)
+    return fingerprint(_views(setting) | {"teacher": teacher, "recipe": setting.recipe.views()}, exact, code)
+
+
+def of_file(path: Path) -> str:
+    """SHA-256 of its bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _views(setting: Setting) -> dict[str, Any]:
+    return {
+        "data": setting.data.fingerprint,
+        "hflip": setting.data.hflip,
+        "images": hashlib.sha256(setting.index.tobytes()).hexdigest(),
+        "seed": setting.seed,
+        "compute": setting.compute.model_dump(),
+        "device": setting.device.type,
+    }

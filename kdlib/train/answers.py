@@ -1,0 +1,152 @@
+"""A teacher's answers to the views of a stream, kept on disk: whoever trains on the same views again needs no teacher's pass."""
+
+import os
+import secrets
+import sys
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdlib.data.place import sent
+from kdlib.train.compute import Compute
+from kdlib.train.teacher import Teacher
+from kdlib.types import Asks, Images, Output, Part
+
+KEPT = (Part.LOGITS, Part.EMBEDDING)  # maps are a hundred times larger than the images themselves
+LARGEST = torch.finfo(torch.float16).max
+
+
+class DifferentAnswers(RuntimeError):
+    """What lies on disk is not what the teacher says."""
+
+
+def rounded(output: Output) -> Output:
+    """To what half precision can say; beyond its range, to the end of it. Not the maps, which are never kept."""
+    return Output(_round(output.logits), None if output.embedding is None else _round(output.embedding), output.maps, output.preactivations)
+
+
+def _round(values: Tensor) -> Tensor:
+    return values.clamp(-LARGEST, LARGEST).half().to(torch.promote_types(values.dtype, torch.float32))
+
+
+@dataclass
+class Answers:
+    """Asks a teacher, or the files below ``folder`` if they hold its answer; both say the same, to the bit, since both are rounded.
+
+    One file for each part and ``per_file`` mix groups: a checksum and values in half precision for each group. What is there and right is
+    read, what is missing, cut off or damaged is asked again and written. Of every file, each time that it is read, two groups are asked
+    for all the same and compared. On a full or read-only disk it goes on without writing.
+
+    Raises ``DifferentAnswers`` when one differs by more than ``tolerance`` (0 on a CPU; the order of additions on a GPU varies).
+    """
+
+    teacher: Teacher
+    folder: Path | None  # named after all that the answers depend on; None keeps nothing
+    group_size: int
+    per_file: int  # groups
+    compute: Compute
+    tolerance: float = 0.0
+    passes: int = 0  # of the teacher, over one group each
+    _files: dict[tuple[Part, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
+    _sampled: dict[int, set[int]] = field(default_factory=dict, init=False, repr=False)  # of each file
+
+    def __call__(self, group: int, images: Images, asks: Asks) -> Output:
+        """The answers to the views of the stream's ``group``, counted from 0 over all steps."""
+        found = self._read(group, {Part.LOGITS, *asks} & set(KEPT)) if self.folder else None
+        if found and asks <= set(KEPT) and not self._is_sample(group):
+            return _to_output({part: sent(values, images.device) for part, values in found.items()})
+        self.passes += 1
+        with self.compute.autocast():
+            output = rounded(self.teacher(images, asks))
+        if found:
+            self._compare(group, found, output)
+        elif self.folder:
+            self._write(group, output)
+        return output
+
+    def bytes(self, groups: int, asks: Asks) -> int:
+        """What answers to so many groups take on the disk."""
+        return groups * sum(_block(self.group_size, self._width(part)).itemsize for part in KEPT if part in {Part.LOGITS, *asks})
+
+    def _width(self, part: Part) -> int:
+        return self.teacher.shape.classes if part is Part.LOGITS else self.teacher.shape.embedding
+
+    def _is_sample(self, group: int) -> bool:
+        """The first group of each file that is asked for, and one drawn anew by each process: an edit that escapes one meets another."""
+        number, place = divmod(group, self.per_file)
+        return place in self._sampled.setdefault(number, {place, place + secrets.randbelow(self.per_file - place)})
+
+    def _path(self, part: Part, number: int) -> Path:
+        return Path(self.folder or "") / f"{part}-{number:05d}.bin"
+
+    def _read(self, group: int, parts: set[Part]) -> dict[Part, np.ndarray] | None:
+        number, place = divmod(group, self.per_file)
+        found = {}
+        for part in sorted(parts):
+            blocks = self._map(part, number)
+            if place >= len(blocks) or not blocks[place]["sum"]:  # not written yet
+                return None
+            values = np.array(blocks[place]["values"])
+            if blocks[place]["sum"] != _sum(values):
+                print(f"{self._path(part, number)}: group {group} is damaged: asking the teacher again", file=sys.stderr, flush=True)
+                return None
+            found[part] = values
+        return found
+
+    def _map(self, part: Part, number: int) -> np.ndarray:
+        """The whole blocks of a file; none of one that is not there."""
+        kept = self._files.get((part, number))
+        block, path = _block(self.group_size, self._width(part)), self._path(part, number)
+        size = path.stat().st_size // block.itemsize if path.is_file() else 0
+        if kept is None or len(kept) != size:
+            self._files = {key: file for key, file in self._files.items() if key[1] == number}  # of one epoch at a time
+            kept = self._files[part, number] = np.memmap(path, block, "r", shape=(size,)) if size else np.empty(0, block)
+        return kept
+
+    def _compare(self, group: int, found: dict[Part, np.ndarray], output: Output) -> None:
+        for part, values in found.items():
+            said: Tensor = getattr(output, part.value)
+            gap = float((said.cpu() - torch.from_numpy(values).float()).abs().nan_to_num(torch.inf).max())
+            if gap > self.tolerance:
+                raise DifferentAnswers(
+                    f"{self._path(part, group // self.per_file)}: found answers to group {group} that differ from the teacher's by "
+                    f"{gap:g}; allowed: {self.tolerance:g}; delete {self.folder} and run the same again"
+                )
+
+    def _write(self, group: int, output: Output) -> None:
+        number, place = divmod(group, self.per_file)
+        for part in KEPT:
+            said: Tensor | None = getattr(output, part.value)
+            if said is None:
+                continue
+            values = said.half().cpu().numpy()
+            block = np.zeros(1, _block(self.group_size, self._width(part)))
+            block["values"], block["sum"] = values, _sum(values)
+            path = self._path(part, number)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+                    file.seek(place * block.itemsize)
+                    file.write(block.tobytes())
+            except OSError as error:
+                print(f"{path}: {error.strerror}: going on without keeping the teacher's answers", file=sys.stderr, flush=True)
+                self.folder = None
+                return
+
+
+def _block(group_size: int, width: int) -> np.dtype:
+    return np.dtype([("sum", np.uint64), ("values", np.float16, (group_size, width))])
+
+
+def _sum(values: np.ndarray) -> int:
+    """Never 0, which stands for what was not written."""
+    return zlib.crc32(values.tobytes()) + 1
+
+
+def _to_output(parts: dict[Part, Tensor]) -> Output:
+    embedding = parts.get(Part.EMBEDDING)
+    return Output(parts[Part.LOGITS].float(), None if embedding is None else embedding.float())
