@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from kdlib import config
+from kdlib import config, notebook
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -98,6 +99,16 @@ def test_reads_like_a_text(path: Path) -> None:
     assert cells[0]["source"][0].startswith("# ")
     kinds = "".join(cell["cell_type"][0] for cell in cells if "parameters" not in cell["metadata"].get("tags", []))
     assert "ccc" not in kinds
+
+
+@pytest.mark.parametrize(
+    ("load", "given", "policy"), [(5.0, {}, None), (80.0, {}, "passive"), (80.0, {"OMP_WAIT_POLICY": "active"}, "active")]
+)
+def test_threads_sleep_where_others_work(monkeypatch: pytest.MonkeyPatch, load: float, given: dict[str, str], policy: str | None) -> None:
+    monkeypatch.setattr("psutil.cpu_percent", lambda _: load)
+    monkeypatch.setattr("os.environ", dict(given))
+    notebook._share_cores()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 def test_explore_takes_every_name_from_the_study() -> None:

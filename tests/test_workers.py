@@ -14,7 +14,8 @@ from kdlib.config import Refused
 from kdlib.experiment import Diverged, Experiment
 from kdlib.results import read_json
 from kdlib.train import progress
-from kdlib.train.workers import side_by_side, threads
+from kdlib.train.threads import threads
+from kdlib.train.workers import side_by_side
 from tests import training
 
 METHODS = ("no_kd", "kd")
@@ -113,7 +114,8 @@ def test_side_by_side_gives_the_numbers_of_one_after_the_other(
 def test_a_method_that_is_tried_has_the_threads_of_its_comparison(tmp_path: Path) -> None:
     found = Experiment(study(tmp_path / "two seeds")).try_method(training.COMPARISON, "kd", 0, weight=2.0)
     assert read_json(found / "environment.json")["threads"] == 1
-    alone = Experiment(study(tmp_path / "one seed", seeds=(0,))).try_method(training.COMPARISON, "kd", 0, weight=2.0)
+    one_run = training.content(methods=["kd"], seeds=(0,))
+    alone = Experiment(training.fresh(tmp_path / "one run", one_run)).try_method(training.COMPARISON, "kd", 0, weight=2.0)
     assert read_json(alone / "environment.json")["threads"] == 2
 
 

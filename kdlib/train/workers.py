@@ -2,17 +2,17 @@
 
 import functools
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from kdlib.train import progress
+from kdlib.train.signals import SIGNALS, Stopped, asked_to_stop, held_back, stop_children
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,42 +24,49 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], cores: i
     Two processes of one thread each do up to twice the work of one with two, where a step is short: its kernels are too small to split.
     Nor do they wait for each other on busy cores. With one core, or one item, the work is done in this process.
 
-    The first exception ends all work and is raised here; the end of this process ends it too. Raises RuntimeError when a process was ended
-    from outside.
+    The first exception ends all work and is raised here; the end of this process ends it too. SIGINT and SIGTERM are passed on: ``Stopped``
+    is raised when all have saved. Raises RuntimeError when a process was ended from outside.
     """
     processes = min(cores, len(items))
     if processes < 2:
         return [work(item) for item in items]
-    watch = functools.partial(_start, os.getpid())
+    start = functools.partial(_start, os.getpid())
+    with held_back(stop_children):
+        try:
+            # dispatched one by one, so that none is begun after a signal
+            with parallel_config("loky", n_jobs=processes, inner_max_num_threads=cores // processes, initializer=start):
+                done = list(Parallel(pre_dispatch="n_jobs")(_until_asked_to_stop(work, items)))
+        except TerminatedWorkerError as error:
+            raise RuntimeError(
+                f"one of {processes} processes that trained side by side was ended from outside, most often for lack of memory. What they "
+                "had saved is kept: run the same again, with OMP_NUM_THREADS set to a smaller number for fewer processes"
+            ) from error
+        if asked_to_stop():
+            raise next((found for found in done if isinstance(found, Stopped)), Stopped("stopped between two runs"))
+    return done
+
+
+def _until_asked_to_stop(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Any]:
+    for item in items:
+        if asked_to_stop():
+            return
+        yield delayed(_do)(work, item)
+
+
+def _do(work: Callable[[Item], Result], item: Item) -> Result | Stopped:
+    """In a process of its own: an exception would end the others at once, this lets them save what they have."""
     try:
-        with parallel_config("loky", n_jobs=processes, inner_max_num_threads=threads_each(len(items), cores), initializer=watch):
-            return list(Parallel()(delayed(work)(item) for item in items))
-    except TerminatedWorkerError as error:
-        raise RuntimeError(
-            f"one of {processes} processes that trained side by side was ended from outside, most often for lack of memory. What they had "
-            "saved is kept: run the same again, with OMP_NUM_THREADS set to a smaller number for fewer processes"
-        ) from error
-
-
-def threads_each(items: int, cores: int) -> int:
-    """Of torch's, for each of the processes in which ``side_by_side`` works on so many items."""
-    return cores // max(1, min(cores, items))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute with so many of torch's threads meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        with held_back():
+            return work(item)
+    except Stopped as stopped:
+        return stopped
 
 
 def _start(parent: int) -> None:
     """What a process does first: watch its parent, which may be killed without a chance to end it."""
     progress.to_log()  # bars of several processes would write over each other
+    for number in SIGNALS:  # between two pieces of work there is nothing to save
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -1,0 +1,100 @@
+"""SIGINT and SIGTERM: a step is finished and saved; side by side, in notebooks and in processes that train together too."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdlib.train import checkpoint
+from kdlib.train.learner import Learner
+from kdlib.train.signals import SIGNALS, Stopped, asked_to_stop, held_back
+from tests import training
+from tests.test_workers import TWO_CORES, study, two_cores  # noqa: F401 (a fixture)
+from tests.training import method, setting, trained
+
+each = pytest.mark.parametrize("number", SIGNALS)
+
+
+@each
+def test_a_signal_is_noted_once_and_acts_the_second_time(number: int) -> None:
+    handlers, told = {one: signal.getsignal(one) for one in SIGNALS}, []
+    with pytest.raises(ZeroDivisionError):
+        signal.signal(number, lambda *_: 1 // 0)
+        try:
+            with held_back(lambda: told.append(number)):
+                assert not asked_to_stop()
+                os.kill(os.getpid(), number)
+                assert asked_to_stop()
+                with held_back(lambda: told.append("inner")):
+                    assert asked_to_stop()
+                os.kill(os.getpid(), number)
+        finally:
+            assert told == [number]
+            assert not asked_to_stop()
+            signal.signal(number, handlers[number])
+    assert {one: signal.getsignal(one) for one in SIGNALS} == handlers
+
+
+def test_another_thread_holds_nothing_back() -> None:
+    before, found = signal.getsignal(signal.SIGTERM), []
+
+    def look() -> None:
+        with held_back():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+@each
+def test_training_saves_at_the_end_of_the_step_and_goes_on_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """However far away the next checkpoint would have been."""
+    methods = {name: method(name) for name in ("kd", "reviewkd")}
+    undisturbed = trained(setting(), methods, tmp_path / "undisturbed")
+    saved: list[int] = []
+    save = checkpoint.save
+
+    def note(folder: Path, step: int, state: dict[str, Any]) -> None:
+        saved.append(step)
+        save(folder, step, state)
+
+    advance = Learner.advance
+
+    def signal_at_seven(self: Learner) -> None:
+        if self.step == 6 and self.name == "kd":
+            os.kill(os.getpid(), number)
+        advance(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", note)
+        patched.setattr(Learner, "advance", signal_at_seven)
+        with pytest.raises(Stopped, match="test: stopped after step 7 of 12; the same command goes on from there"):
+            trained(setting(), methods, tmp_path / "stopped")
+    assert saved == [7, 7]
+    assert trained(setting(), methods, tmp_path / "stopped") == undisturbed
+
+
+@TWO_CORES
+def test_processes_side_by_side_save_too(tmp_path: Path) -> None:
+    """Their own checkpoints are an hour away."""
+    root = study(tmp_path, checkpoint_seconds=3600, seeds=(0, 1, 2, 3))
+    content = training.content(methods=("no_kd", "kd"), epochs=400.0, seeds=(0, 1, 2, 3), checkpoint_seconds=3600)
+    training.tiny.write(root, content)
+    log = tmp_path / "log"
+    with training.running(root, log, threads=2) as parent:
+        while not all(f"seed {seed}  epoch 3" in log.read_text() for seed in (0, 1)):
+            assert parent.poll() is None
+            time.sleep(0.02)
+        started = time.monotonic()
+        parent.terminate()
+        assert parent.wait(30) != 0
+        assert time.monotonic() - started < 10
+    assert "Stopped: " in log.read_text()
+    folders = {path.parent for path in training.store(root).rglob("checkpoint-*.pt")}
+    assert len(folders) == 4  # both methods of the two seeds that were being trained; the others were not begun
