@@ -1,6 +1,7 @@
 """Refuse, before anything is trained, what params.yaml names and nobody knows, and what cannot work with the data as they are."""
 
 import inspect
+import os
 from collections.abc import Mapping
 from functools import cache
 
@@ -24,11 +25,39 @@ def check_names(study: Study) -> None:
         check_method(f"methods.{name}", name, parameters)
     for name, recipe in study.recipes.items():
         _check_optimizer(f"recipes.{name}.optimizer", recipe)
+        _check_groups(f"recipes.{name}.group_size", recipe)
+        if recipe.augment == "timm" and recipe.crop_padding:
+            raise refuse(f"recipes.{name}.crop_padding", recipe.crop_padding, "0 with augment: timm, which has no such crop", "change one")
     for name, comparison in study.comparisons.items():
         for trial in trials_of(comparison, study):
             check_method(f"comparisons.{name}.sweep.grids.{trial.method}", trial.method, trial.parameters)
     for data, source in study.data.items():
         _check_users(study, data, _declared(source))
+
+
+def _check_groups(key: str, recipe: Recipe) -> None:
+    if recipe.group_size is not None and recipe.batch_size % recipe.group_size:
+        sizes = [size for size in range(2, recipe.batch_size + 1) if recipe.batch_size % size == 0]
+        raise refuse(key, recipe.group_size, f"a divisor of batch_size, {recipe.batch_size}: {sizes}", "change one of the two")
+
+
+def check_launch(study: Study) -> None:
+    """Processes, machines and mix groups fit together and to the hardware of this one. Raises ``Refused``."""
+    launch, gpus = study.study.launch, torch.cuda.device_count()
+    most, of = (gpus, "GPUs") if gpus else (len(os.sched_getaffinity(0)), "cores")
+    if launch.processes > most:
+        raise refuse("study.launch.processes", launch.processes, f"at most the {most} {of} of this machine", "start fewer")
+    if (launch.nodes > 1) != (launch.rendezvous is not None):
+        allowed = "host:port where there are several nodes, null where there is one"
+        raise refuse("study.launch.rendezvous", launch.rendezvous, allowed, "change it, or study.launch.nodes")
+    processes = launch.processes * launch.nodes
+    used = {item.recipe for item in study.teachers.values()} | {item.recipe for item in study.comparisons.values()}
+    for name in sorted(used):
+        recipe = study.recipes[name]
+        if recipe.groups % processes:
+            what = f"{recipe.groups} mix groups in a batch of {recipe.batch_size}"
+            allowed = f"a number of groups that {processes} processes can share out (they take whole groups)"
+            raise refuse(f"recipes.{name}.group_size", what, allowed, f"set it to {recipe.batch_size // processes}, or change study.launch")
 
 
 def check_method(key: str, name: str, parameters: Mapping[str, float]) -> None:

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kdlib.losses.base import Method, count, positive, share
-from kdlib.losses.ranks import everyones
 from kdlib.losses.stages import embeddings_needed
+from kdlib.ranks import everyones
 from kdlib.types import Batch, Output, OutputShape, Part, Terms
 
 # splitmix64's increment and multipliers (Steele, Lea, Flood, OOPSLA 2014) as int64, whose products wrap around like those of uint64
