@@ -1,9 +1,9 @@
 """Assembles one stage of the study from its names: the only place that knows data sets, models, methods and recipes by name."""
 
 import functools
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsFloat, SupportsInt
 
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from kdlib import config
-from kdlib.checks import check_against_data, check_method, check_names
+from kdlib import config, identity
+from kdlib.checks import check_against_data, check_launch, check_method, check_names
 from kdlib.config import Study, refuse
 from kdlib.data import prepare
 from kdlib.data.splits import DataSet, load, subset
@@ -20,17 +20,17 @@ from kdlib.losses import METHODS, looks_at
 from kdlib.models import Classifier, build
 from kdlib.models.loading import load_checkpoint
 from kdlib.plan import TUNED, Variant, methods_of, trials_of
-from kdlib.provenance import code_fingerprint, fingerprint
+from kdlib.provenance import fingerprint
+from kdlib.ranks import as_the_first, rank, say, wait_for_all
 from kdlib.results import TEACHERS, full_disk_refused, read_json, run_folder, write_json
-from kdlib.store import Store, beside_dvc_cache
+from kdlib.store import ANSWERS, Store, beside_dvc_cache
 from kdlib.train.run import Job, Setting, train, write_measured
+from kdlib.train.schedule import Schedule
 from kdlib.train.teacher import Teacher
-from kdlib.train.workers import side_by_side, threads, threads_each
+from kdlib.train.threads import threads
 
 DATA = Path("runs/data")  # <name>/ below it
 PLAIN = next(name for name, method in METHODS.items() if not method.asks_teacher)  # how a teacher is trained
-# What a run's fingerprint covers by value, what only names other modules, moves files about or says how far it is: it changes no number.
-UNCOUNTED = frozenset(f"kdlib.{name}" for name in ("config", "data", "losses", "provenance", "results", "store", "train.progress"))
 Group = tuple[Sequence[Variant], int]  # variants and a seed: trained together, they share batches and one teacher pass
 
 
@@ -57,9 +57,11 @@ class Experiment:
         self.root = root or config.find_root()
         self.study: Study = config.load(self.root)
         self.store = Store(beside_dvc_cache(self.root))
+        self.answers = beside_dvc_cache(self.root, ANSWERS)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.cores = torch.get_num_threads() if self.device.type == "cpu" else 1  # to train on side by side; OMP_NUM_THREADS sets it
+        self.schedule = Schedule.on(self.device, self.study.study.launch, Diverged)
         check_names(self.study)
+        check_launch(self.study)
 
     # -- data -----------------------------------------------------------------------------------------------------------------
 
@@ -81,15 +83,8 @@ class Experiment:
         data = self.data(params.data)
         check_against_data(self.study, data)
         folder = self.root / TEACHERS / name
-        recipe, index = self.study.recipes[params.recipe], np.arange(len(data.train.labels))
         if params.checkpoint is None:
-            setting = Setting(
-                data, index, params.model, params.size or data.size, None, recipe, params.seed, self.device, f"teacher {name}"
-            )
-            alone = Variant(PLAIN, PLAIN, {"hard_weight": 1.0})
-            plan = Planned(alone, params.seed, self._fingerprint(setting, None, PLAIN, alone.parameters, False))
-            self._complete(setting, [plan])
-            found = self.store.run(plan.fingerprint)
+            found = self.store.run(self.schedule.run_together(functools.partial(self._train_teacher, name)).fingerprint)
         else:
             found = self._import_checkpoint(name, data)
         metrics = read_json(found / "metrics.json")
@@ -113,7 +108,9 @@ class Experiment:
         params, path = self.study.teachers[name], self.root / TEACHERS / name / "weights.safetensors"
         if not path.is_file():
             raise refuse(f"teachers.{name}", "no weights", "a teacher that the teacher stage has made", f"run `dvc repro teacher@{name}`")
-        return Teacher(self._trained(params.model, params.data, params.size, path)), fingerprint(params.model, params.size, _digest(path))
+        return Teacher(self._trained(params.model, params.data, params.size, path)), fingerprint(
+            params.model, params.size, identity.of_file(path)
+        )
 
     # -- distillation ---------------------------------------------------------------------------------------------------------
 
@@ -127,12 +124,10 @@ class Experiment:
         check_against_data(self.study, self.data(comparison.data))
         folders = []
         if comparison.sweep:
-            trials = trials_of(comparison, self.study)
-            share = -(-len(trials) // self.cores)
-            shares = [(trials[first : first + share], comparison.sweep.seed) for first in range(0, len(trials), share)]
-            folders += [self._export(name, plan) for plan in self._run_groups(name, shares)]
+            trials = self.schedule.groups(trials_of(comparison, self.study), [comparison.sweep.seed])
+            folders += [self._export(name, plan) for plan in self._run_groups(name, trials)]
         variants = [*methods_of(comparison, self.study), *self._chosen(name)]
-        groups = [(variants, seed) for seed in self.study.study.seeds]
+        groups = self.schedule.groups(variants, self.study.study.seeds)
         return folders + [self._export(name, plan) for plan in self._run_groups(name, groups)]
 
     @full_disk_refused()
@@ -147,7 +142,9 @@ class Experiment:
         variant = Variant(method, method, {**self.study.methods[config.known("method", method, self.study.methods)], **changed})
         check_method(f"methods.{method}", method, variant.parameters)
         check_against_data(self.study, self.data(self.study.comparisons[comparison].data))
-        with threads(threads_each(len(self.study.study.seeds), self.cores)):  # as in its comparison: numbers depend on them
+        among = self.study.comparisons[comparison]
+        variants = len(among.methods) + len(among.sweep.grids if among.sweep else ())
+        with threads(self.schedule.threads(variants, len(self.study.study.seeds))):  # as in its comparison
             (plan,) = self._run(comparison, ([variant], int(seed)))
         return self.store.run(plan.fingerprint)
 
@@ -164,13 +161,24 @@ class Experiment:
         classifier.net.load_state_dict(load_file(weights))
         return classifier.to(self.device)
 
+    def _train_teacher(self, name: str) -> Planned:
+        params = self.study.teachers[name]
+        data, recipe = self.data(params.data), self.study.recipes[params.recipe]
+        index, size = np.arange(len(data.train.labels)), params.size or data.size
+        compute = self.study.study.compute
+        setting = Setting(data, index, params.model, size, None, recipe, params.seed, self.device, f"teacher {name}", compute)
+        alone = Variant(PLAIN, PLAIN, {"hard_weight": 1.0})
+        plan = Planned(alone, params.seed, identity.of_run(setting, None, alone))
+        self._complete(setting, [plan])
+        return plan
+
     def _run_groups(self, name: str, groups: Sequence[Group]) -> list[Planned]:
-        """Bring these groups to their end, side by side; in this process if all are finished, since another one takes seconds to start."""
+        """Bring these groups to their end; here if all are finished, since another process takes seconds to start."""
         # planned one by one, as far as the first that is not finished: each costs the loading of a teacher
         planned = (plan for group in groups for plan in self._plan(name, group)[1])
-        here = self.cores == 1 or all(self.store.finished(plan.fingerprint) for plan in planned)
-        found = side_by_side(functools.partial(self._run, name), groups, 1 if here else self.cores)
-        return [plan for plans in found for plan in plans]
+        run = functools.partial(self._run, name)
+        ready = all(self.store.finished(plan.fingerprint) for plan in planned)
+        return [plan for plans in (map(run, groups) if ready else self.schedule.run(run, groups)) for plan in plans]
 
     def _run(self, name: str, group: Group) -> list[Planned]:
         setting, plans = self._plan(name, group)
@@ -190,40 +198,27 @@ class Experiment:
             seed,
             self.device,
             f"{name} seed {seed}",
+            self.study.study.compute,
+            self.study.study.answers_gb,
         )
-        return setting, [Planned(v, seed, self._fingerprint(setting, digest, v.method, v.parameters, v.trial)) for v in variants]
+        setting = replace(setting, answers=self.answers / identity.of_answers(setting, digest))
+        return setting, [Planned(variant, seed, identity.of_run(setting, digest, variant)) for variant in variants]
 
     def _complete(self, setting: Setting, plans: list[Planned]) -> None:
         """Train together whatever of these runs is not finished."""
         # by fingerprint: a sweep may choose the very parameters that `methods` has, and that is one run under two names
         wanted = {plan.fingerprint: plan for plan in plans}
-        with self.store.claim(key for key in wanted if not self.store.finished(key)):
-            missing = {key: plan for key, plan in wanted.items() if not self.store.finished(key)}
-            if len(missing) < len(wanted):
-                print(f"{setting.title}  {len(wanted) - len(missing)} of {len(wanted)} runs are finished already", flush=True)
-            if missing:
-                jobs = [_job(plan, self.store.run(key)) for key, plan in missing.items()]
+        with self.store.claim(key for key in wanted if not self.store.finished(key)) if rank() == 0 else nullcontext():
+            there = dict(zip(wanted, as_the_first([self.store.finished(key) for key in wanted]), strict=True))
+            if any(there.values()):
+                say(f"{setting.title}  {sum(there.values())} of {len(wanted)} runs are finished already")
+            jobs = [_job(plan, self.store.run(key)) for key, plan in wanted.items() if not there[key]]
+            if jobs:
                 train(setting, jobs, save_seconds=self.study.study.checkpoint_seconds)
+                wait_for_all()  # rank 0 has written
         if self.study.study.on_divergence == "fail":
             for plan in plans:
                 _require_finished(f"{setting.title}: {plan.variant.name}", read_json(self.store.run(plan.fingerprint) / "metrics.json"))
-
-    def _fingerprint(self, setting: Setting, teacher: str | None, method: str, parameters: Mapping[str, float], trial: bool) -> str:
-        described = {
-            "data": setting.data.fingerprint,
-            "hflip": setting.data.hflip,
-            "images": hashlib.sha256(setting.index.tobytes()).hexdigest(),
-            "teacher": teacher,
-            "student": setting.student,
-            "size": setting.size,
-            "recipe": setting.recipe.model_dump(),
-            "method": method,
-            "parameters": dict(sorted(parameters.items())),
-            "seed": setting.seed,
-            "trial": trial,
-            "device": setting.device.type,
-        }
-        return fingerprint(described, code_fingerprint(["kdlib.train.run", METHODS[method].__module__], UNCOUNTED))
 
     def _export(self, name: str, plan: Planned) -> Path:
         comparison, variant = self.study.comparisons[name], plan.variant
@@ -274,7 +269,7 @@ class Experiment:
         params = self.study.teachers[name]
         path, size = self.root / str(params.checkpoint), params.size or data.size
         classifier = load_checkpoint(f"teachers.{name}.checkpoint", path, params.model, data, size).to(self.device)
-        folder = self.store.run(fingerprint("checkpoint", _digest(path), params.model, size, data.fingerprint))
+        folder = self.store.run(fingerprint("checkpoint", identity.of_file(path), params.model, size, data.fingerprint))
         try:
             write_measured(folder, classifier, data, self.device)
         except FloatingPointError as error:
@@ -292,8 +287,3 @@ def _require_finished(title: str, metrics: dict[str, Any]) -> None:
     if metrics["status"] == "diverged":
         what = f"{title} diverged at step {metrics['diverged_step']}: {metrics['diverged_cause']}"
         raise Diverged(f"params.yaml: study.on_divergence: found 'fail'; {what}; change that, or set on_divergence: continue")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,7 +27,9 @@ from kdlib.losses.kd import KD
 from kdlib.losses.no_kd import NoKD
 from kdlib.models import build
 from kdlib.train import checkpoint
-from kdlib.train.fit import fit
+from kdlib.train.answers import Answers
+from kdlib.train.compute import Compute
+from kdlib.train.fit import Fit
 from kdlib.train.learner import Learner
 from kdlib.types import Asks, Batch, Output, Terms
 from tests import training
@@ -196,7 +198,8 @@ def test_the_loop_is_sgd_on_a_cosine() -> None:
     velocity = {name: torch.zeros_like(weight) for name, weight in plain.named_parameters()}
     for step in range(5):
         batch = stream.batch(step)
-        learner.update(batch, among.teacher(batch.images))
+        learner.take(learner.step, batch, among.teacher(batch.images))
+        learner.advance()
         at = step + 0.5
         now = rate * at / warmup if at < warmup else rate * (1 + math.cos(math.pi * at / total)) / 2
         inputs = (batch.images - 0.5) / 0.5
@@ -234,7 +237,8 @@ def test_the_learning_rate_is_never_zero() -> None:
     batch = ViewStream(split.images, split.labels, np.arange(96), classes=6, recipe=training.recipe(), hflip=0.0, seed=0).batch(0)
     rates = []
     for _ in range(6):
-        learner.update(batch, None)
+        learner.take(learner.step, batch, None)
+        learner.advance()
         rates.append(learner.optimizer.param_groups[0]["lr"])
     assert min(rates) > 0
     assert rates[:3] == sorted(rates[:3])
@@ -262,7 +266,15 @@ def asked(done: dict[str, int]) -> tuple[dict[str, list[Asks]], list[Asks]]:
         learners.append(Learner(name, student, made, among.recipe, total_steps=2, seed=0))
         learners[-1].step = steps
     among.teacher.register_forward_pre_hook(lambda _, given: of_teacher.append(given[1]))
-    fit(learners, stream, among.teacher, validate=lambda _: 0.0, save=lambda _: None, save_seconds=1e9, title="test")
+    Fit(
+        learners,
+        stream,
+        Answers(among.teacher, None, 16, 6, Compute(training.CPU)),
+        validate=lambda _: 0.0,
+        save=lambda _: None,
+        save_seconds=1e9,
+        title="test",
+    ).run()
     return of_students, of_teacher
 
 

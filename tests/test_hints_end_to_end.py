@@ -223,7 +223,8 @@ def test_a_learners_state_is_all_that_the_next_step_depends_on(name: str) -> Non
 
     def step(learner: Learner) -> None:
         batch = stream.batch(learner.step)
-        learner.update(batch, among.teacher(batch.images, learner.method.asks_teacher) if learner.method.asks_teacher else None)
+        learner.take(learner.step, batch, among.teacher(batch.images, learner.method.asks_teacher) if learner.method.asks_teacher else None)
+        learner.advance()
 
     first, second = fresh(1), fresh(2)
     for _ in range(2):
@@ -255,7 +256,8 @@ def learn_by_hints_alone(student: Classifier, teacher: Teacher, names: Iterable[
         method.adapt(own.shape, teacher.shape, labels)
         before = copy.deepcopy(dict(method.named_parameters()))
         learner = Learner(name, own, method, recipe, total_steps=8, seed=0)
-        learner.update(batch, toys.asked(answers, method.asks_teacher))
+        learner.take(learner.step, batch, toys.asked(answers, method.asks_teacher))
+        learner.advance()
         assert learner.diverged_step is None, name
         assert any(not torch.equal(*pair) for pair in zip(own.parameters(), student.parameters(), strict=True)), name
         for key, parameter in method.named_parameters():

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from kdlib.config import Refused
 from kdlib.experiment import Experiment
 from kdlib.seed import generator
 from kdlib.train import checkpoint, fit
@@ -106,6 +107,29 @@ def test_with_nothing_whole_it_starts_afresh(tmp_path: Path, damage: Callable[[P
     damage(path(tmp_path, 5))
     damage(path(tmp_path, 6))
     assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, 5)
+    with monkeypatch.context() as later:
+        later.setattr(checkpoint, "FORMAT", 2)
+        fill(tmp_path, 6)
+    with pytest.raises(
+        Refused, match=r"0006.pt: found a checkpoint in format 2, of a newer kdlib; allowed: up to format 1; update kdlib, or"
+    ):
+        checkpoint.newest(tmp_path)
+    assert steps(tmp_path) == [5, 6]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    fill(tmp_path / "ours", 5)
+    fill(tmp_path / "theirs", 6)
+    strayed = path(tmp_path / "theirs", 6).rename(tmp_path / "ours" / "checkpoint-0000000006.pt")
+    with pytest.raises(Refused, match=r"0006.pt: found a checkpoint of run theirs; allowed: those of run ours; move it back"):
+        checkpoint.newest(tmp_path / "ours")
+    assert strayed.exists()
+    strayed.unlink()
+    assert (checkpoint.newest(tmp_path / "ours") or {})["step"] == 5
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
@@ -354,7 +378,7 @@ def test_processes_agree(tmp_path: Path, alone: dict[str, bytes]) -> None:
     assert training.numbers(there) == alone
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(15, 1, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("kills", "seed"), [(5, 0), pytest.param(20, 1, marks=pytest.mark.long)])
 def test_killed_at_random_moments_it_ends_alike(tmp_path: Path, alone: dict[str, bytes], kills: int, seed: int) -> None:
     root = training.fresh(tmp_path / "project", training.content(methods=FOUR, epochs=EPOCHS, checkpoint_seconds=0))
     assert killed(root, kills, seed) >= min(kills, 3)
@@ -392,6 +416,6 @@ def test_told_to_end_it_ends_promptly_and_goes_on_later(tmp_path: Path, alone: d
         _, said = process.communicate(timeout=30)
     assert time.monotonic() - started < 5
     assert process.returncode != 0
-    assert process.returncode == -sign or "KeyboardInterrupt" in said
+    assert "Stopped: " in said
     to_the_end(root)
     assert training.numbers(root) == alone

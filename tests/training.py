@@ -7,9 +7,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from kdlib import config
-from kdlib.config import Recipe
+from kdlib.config import ComputeParams, Recipe
 from kdlib.data.splits import load
 from kdlib.experiment import Experiment
 from kdlib.losses import METHODS
@@ -33,6 +34,7 @@ from tests import tiny
 ROOT = tiny.ROOT
 NET = "kd_resnet8_w8_s1"
 CPU = torch.device("cpu")
+AUTO = ComputeParams(precision="auto", compile="auto", resident="auto", ahead="auto")
 COMPARISON = "only"
 NUMBERS = ("metrics.json", "curve.csv", "weights.safetensors")  # what must repeat byte for byte
 
@@ -102,7 +104,7 @@ def teacher(seed: int = 5) -> Teacher:
 def setting(seed: int = 0, index: np.ndarray | None = None, taught_by: Teacher | None = None, **changes: Any) -> Setting:
     data = load(prepared() / "runs" / "data" / "fractals")
     index = np.arange(0, 96, 2) if index is None else index
-    return Setting(data, index, NET, data.size, taught_by or teacher(), recipe(**changes), seed, CPU, "test")
+    return Setting(data, index, NET, data.size, taught_by or teacher(), recipe(**changes), seed, CPU, "test", AUTO)
 
 
 def method(name: str) -> Callable[[], Method]:
@@ -144,6 +146,19 @@ def distill(root: Path, log: Path | None = None) -> None:
         Experiment(root).distill(COMPARISON)
 
 
+@contextlib.contextmanager
+def running(root: Path, log: Path, threads: int = 1) -> Iterator[subprocess.Popen[bytes]]:
+    """A script that distills: unlike a child of multiprocessing it does not wait at its end for processes that it has started."""
+    command = [sys.executable, "-m", "tests.training", str(root)]
+    with log.open("wb") as said:
+        script = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    try:
+        yield script
+    finally:
+        script.kill()
+        script.wait()
+
+
 def distill_and_die(root: Path, saves: int) -> None:
     """Distill, and be killed right after so many checkpoints were written."""
     save, left = checkpoint.save, saves
@@ -169,3 +184,7 @@ def hold(folder: Path, fingerprints: list[str], ready: Any, release: Any) -> Non
 def claim_and_use(folder: Path, fingerprint: str, log: Path) -> None:
     with log.open("w") as said, contextlib.redirect_stderr(said), Store(folder).claim([fingerprint]):
         (Store(folder).run(fingerprint) / "used").touch()
+
+
+if __name__ == "__main__":
+    Experiment(Path(sys.argv[1])).distill(COMPARISON)

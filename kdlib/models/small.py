@@ -39,7 +39,8 @@ class SmallResNet(nn.Module):
         super().__init__()
         if global_pool != "avg":
             raise ValueError(f"global_pool: found {global_pool!r}; allowed: 'avg'")
-        self.num_classes, self.num_features, self.head_hidden_size = num_classes, 4 * width, 4 * width
+        self.num_classes, self.in_chans = num_classes, in_chans  # timm.task asks for them
+        self.num_features = self.head_hidden_size = 4 * width
         self.stem = nn.Sequential(nn.Conv2d(in_chans, width, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         rates = [drop_path_rate * i / max(1, 3 * blocks - 1) for i in range(3 * blocks)]
         stages, channels, reduction = [], width, stem_stride

@@ -1,95 +1,126 @@
-"""The loop: one batch, one teacher pass, one step for every learner whose turn it is."""
+"""The loop: one batch, the teacher's answers to it, one step for every learner whose turn it is."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Never
 
 import torch
 from tqdm.auto import tqdm
 
 from kdlib.data.stream import ViewStream
+from kdlib.ranks import anyone, rank, say, world
+from kdlib.train.ahead import in_time
+from kdlib.train.answers import Answers
 from kdlib.train.learner import Learner
 from kdlib.train.progress import watched
-from kdlib.train.teacher import Teacher
+from kdlib.train.signals import Stopped, asked_to_stop, held_back
+from kdlib.train.threads import threads
 from kdlib.types import Asks, Batch, Output
 
 VALIDATIONS = 10  # points of a curve that carry a validation accuracy; more would cost a short run more than its training
 CHECK_STEPS = 50  # a diverged run trains on for at most so many steps before anyone looks
 
 
-def fit(
-    learners: Sequence[Learner],
-    stream: ViewStream,
-    teacher: Teacher | None,
-    *,
-    validate: Callable[[Learner], float],
-    save: Callable[[Learner], None],
-    save_seconds: float,
-    title: str,
-) -> float:
-    """Bring every learner to its last step; learners that come with fewer steps done are caught up first.
+class Place(NamedTuple):
+    """One mix group of the stream, and what of the teacher's answers to it is wanted."""
 
-    ``validate`` gives a top-1 on the validation split, ``save`` writes a checkpoint. Returns the seconds spent in the teacher.
+    step: int
+    number: int  # in its batch
+    group: int  # over all steps
+    asks: Asks
+
+
+@dataclass
+class Fit:
+    """Brings every learner to its last step; learners that come with fewer steps done are caught up first.
+
+    One answer serves all, of which each learner takes what its method asked for. With ``ahead`` > 0 so many of torch's threads make the
+    next views and answers meanwhile. ``validate`` gives a top-1 on the validation split, ``save`` writes a checkpoint.
     """
-    total = learners[0].total_steps
-    # one that diverged just before a checkpoint goes on to the check that stops it: it then ends as it would have without the interruption
-    running = [learner for learner in learners if learner.step < total]
-    teacher_seconds, saved = 0.0, time.monotonic()
-    first = min((learner.step for learner in running), default=total)
-    bar = tqdm(range(first, total), initial=first, total=total, desc=title, unit="step", disable=not watched())
-    for step in bar:
-        active = [learner for learner in running if learner.step == step]
-        if not active:
-            continue
-        batch = to_device(stream.batch(step), active)
+
+    learners: Sequence[Learner]
+    stream: ViewStream
+    answers: Answers | None
+    validate: Callable[[Learner], float]
+    save: Callable[[Learner], None]
+    save_seconds: float
+    title: str
+    ahead: int = 0
+    teacher_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._total = self.learners[0].total_steps
+        # one that diverged just before a checkpoint goes on to the check that stops it: it ends as it would have without the interruption
+        self._running = [learner for learner in self.learners if learner.step < self._total]
+        self._own = own(self.stream.recipe.groups)
+        self._saved = time.monotonic()
+
+    def run(self) -> None:
+        """To the end. Asked to stop by SIGINT or SIGTERM, it ends the step, saves and raises ``Stopped``."""
+        first = min((learner.step for learner in self._running), default=self._total)
+        bar = tqdm(initial=first, total=self._total, desc=self.title, unit="step", disable=not watched() or rank() > 0)
+        with held_back(), threads(max(1, torch.get_num_threads() - self.ahead)), bar:
+            for place, (batch, said, seconds) in in_time(self._make, self._places(first), self.ahead, self.stream.device):
+                self.teacher_seconds += seconds
+                active = [learner for learner in self._running if learner.step == place.step]
+                for learner in active:
+                    learner.take(place.group, batch, said)
+                if place.number == self._own[-1]:
+                    self._end_step(place.step, active, bar)
+
+    def _places(self, first: int) -> Iterator[Place]:
+        groups = self.stream.recipe.groups
+        for step in range(first, self._total):
+            for number in self._own:
+                if not self._running:
+                    return
+                # of those whose turn has come; nothing if they would not listen
+                asks: Asks = frozenset().union(*(learner.method.asks_teacher for learner in self._running if learner.step <= step))
+                yield Place(step, number, step * groups + number, asks)
+
+    def _make(self, place: Place) -> tuple[Batch, Output | None, float]:
+        batch = self.stream.batch(place.step, place.number)
         started = time.perf_counter()
-        answers = ask(teacher, active, batch)
-        teacher_seconds += time.perf_counter() - started
+        said = self.answers(place.group, batch.images, place.asks) if self.answers and place.asks else None
+        return batch, said, time.perf_counter() - started
+
+    def _end_step(self, step: int, active: Sequence[Learner], bar: "tqdm[Never]") -> None:
         for learner in active:
-            learner.update(batch, answers)
-        last = step + 1 == total
-        ends_epoch = last or stream.ends_epoch(step)
-        if ends_epoch:
-            bar.set_postfix_str(_close_epoch(active, stream, step, validate, title))
+            learner.advance()
+        last = step + 1 == self._total
+        ends_epoch = last or self.stream.ends_epoch(step)
+        if ends_epoch and active:
+            bar.set_postfix_str(self._close_epoch(active, step))
         if ends_epoch or (step + 1) % CHECK_STEPS == 0:
-            running = [learner for learner in running if learner.diverged_step is None]
-        if not last and time.monotonic() - saved >= save_seconds:
-            for learner in running:
-                save(learner)
-            saved = time.monotonic()
-    return teacher_seconds
+            self._running = [learner for learner in self._running if learner.diverged_step is None]
+        bar.update()
+        stop, due = anyone(asked_to_stop(), not last and time.monotonic() - self._saved >= self.save_seconds)
+        if stop or due:
+            for learner in self._running:
+                self.save(learner)
+            self._saved = time.monotonic()
+        if stop:
+            raise Stopped(f"{self.title}: stopped after step {step + 1} of {self._total}; the same command goes on from there")
+
+    def _close_epoch(self, active: Sequence[Learner], step: int) -> str:
+        """Measure what is due, extend the curves, and say in one line how the learners do."""
+        stream, total, seen = self.stream, self._total, (step + 1) * self.stream.recipe.batch_size
+        epoch, epochs = seen // len(stream.index), -(-total * stream.recipe.batch_size // len(stream.index))
+        before = int(active[0].curve[-1]["step"] or 0) if active[0].curve else 0
+        measured = step + 1 == total or (step + 1) * VALIDATIONS // total > before * VALIDATIONS // total
+        shown = []
+        for learner in active:
+            val_top1 = self.validate(learner) if measured else None
+            learner.close_epoch(epoch, seen, val_top1)
+            shown.append(f"{learner.name} {learner.curve[-1]['loss']:.3f}" + (f" ({100 * val_top1:.1f} %)" if val_top1 is not None else ""))
+        told = "  ".join(shown)
+        if not watched():
+            say(f"{self.title}  epoch {epoch}/{epochs}  step {step + 1}/{total}  loss (val top-1): {told}")
+        return told
 
 
-def ask(teacher: Teacher | None, active: Sequence[Learner], batch: Batch) -> Output | None:
-    """One pass for all, of which each learner takes what its method asked for; none for those who would not listen."""
-    asks: Asks = frozenset().union(*(learner.method.asks_teacher for learner in active))
-    if teacher is None or not asks:
-        return None
-    answers: Output = teacher(batch.images, asks)
-    return answers
-
-
-def _close_epoch(active: list[Learner], stream: ViewStream, step: int, validate: Callable[[Learner], float], title: str) -> str:
-    """Measure what is due, extend the curves, and say in one line how the learners do."""
-    total, seen = active[0].total_steps, (step + 1) * stream.recipe.batch_size
-    epoch, epochs = seen // len(stream.index), -(-total * stream.recipe.batch_size // len(stream.index))
-    before = int(active[0].curve[-1]["step"] or 0) if active[0].curve else 0
-    measured = step + 1 == total or (step + 1) * VALIDATIONS // total > before * VALIDATIONS // total
-    shown = []
-    for learner in active:
-        val_top1 = validate(learner) if measured else None
-        learner.close_epoch(epoch, seen, val_top1)
-        shown.append(f"{learner.name} {learner.curve[-1]['loss']:.3f}" + (f" ({100 * val_top1:.1f} %)" if val_top1 is not None else ""))
-    told = "  ".join(shown)
-    if not watched():
-        print(f"{title}  epoch {epoch}/{epochs}  step {step + 1}/{total}  loss (val top-1): {told}", flush=True)
-    return told
-
-
-def to_device(batch: Batch, learners: Sequence[Learner]) -> Batch:
-    """The batch where the learners are."""
-    device = learners[0].device
-    if batch.images.device == device:
-        return batch
-    moved: dict[str, torch.Tensor] = {name: getattr(batch, name).to(device) for name in ("images", "targets", "labels", "index", "mixed")}
-    return replace(batch, **moved)
+def own(groups: int) -> range:
+    """Those mix groups of a batch that this process takes."""
+    share = groups // world()
+    return range(rank() * share, (rank() + 1) * share)

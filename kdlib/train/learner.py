@@ -4,23 +4,43 @@ import copy
 import functools
 import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from timm.optim import create_optimizer_v2, param_groups_weight_decay  # type: ignore[attr-defined]
 from timm.scheduler.cosine_lr import CosineLRScheduler
-from torch import Tensor
+from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 from kdlib.config import Recipe
-from kdlib.losses.base import Method
+from kdlib.losses.base import HardLoss, Method
 from kdlib.losses.hard import HARD
 from kdlib.models import Classifier
+from kdlib.ranks import everyones, mean_over_ranks, world
 from kdlib.seed import seed_torch
+from kdlib.train.compute import Compute
 from kdlib.train.memory import peak_bytes
+from kdlib.train.norms import RunningStatistics
 from kdlib.types import Batch, Output, Terms
 
 Row = dict[str, float | int | None]
+
+
+class _Together(nn.Module):
+    """A student and its method as one module: what processes synchronise, the method's adapters included."""
+
+    def __init__(self, student: Classifier, method: Method, hard: HardLoss | None) -> None:
+        super().__init__()
+        self.student, self.method, self.hard = student, method, hard
+
+    def forward(self, batch: Batch, answers: Output | None, progress: Float[Tensor, ""]) -> Terms:
+        output = self.student(batch.images, self.method.asks_student)
+        terms: Terms = self.method(output, output if answers is None else answers, batch, self.hard, progress)
+        return terms
 
 
 class Learner:
@@ -29,9 +49,20 @@ class Learner:
     ``curve`` holds one row per epoch. ``diverged_step`` is the first step whose loss was not finite, or None.
     """
 
-    def __init__(self, name: str, student: Classifier, method: Method, recipe: Recipe, *, total_steps: int, seed: int) -> None:
+    def __init__(
+        self, name: str, student: Classifier, method: Method, recipe: Recipe, *, total_steps: int, seed: int, compute: Compute | None = None
+    ) -> None:
         self.name, self.student, self.method, self.total_steps, self.seed = name, student, method, total_steps, seed
         self.hard = HARD[recipe.hard_loss]
+        self._together = _Together(student, method, self.hard)
+        self.device = next(student.parameters()).device
+        self.compute = compute or Compute(self.device)
+        self._model: nn.Module = self._together
+        if self.compute.compiled:
+            mode = "reduce-overhead" if self.compute.compiled == "graphs" else None
+            self._model = torch.compile(self._together, dynamic=False, mode=mode)  # type: ignore[assignment]
+        if world() > 1:  # a head that no loss looks at gets no gradient
+            self._model = DistributedDataParallel(self._model, broadcast_buffers=False, find_unused_parameters=self.hard is None)
         self.optimizer = create_optimizer_v2(student.net, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         for adapters in param_groups_weight_decay(method, recipe.weight_decay):  # like the student's: biases and norms do not decay
             if adapters["params"]:
@@ -39,30 +70,48 @@ class Learner:
         self.schedule = CosineLRScheduler(
             self.optimizer, t_initial=total_steps, warmup_t=round(recipe.warmup * total_steps), t_in_epochs=False, warmup_lr_init=0.0
         )
+        self.clip_norm, self.groups = recipe.clip_norm, recipe.groups // world()  # of this process
+        # of weights and BatchNorm's statistics alike, as timm's are
+        self.averages = {f"{decay:g}": ModelEmaV3(student.net, decay) for decay in recipe.ema}
         self.step = 0
         self.seconds = 0.0
         self.curve: list[Row] = []
         self.names: list[str] = []  # of the loss terms, in the order of the columns of _sums
-        self.device = next(student.parameters()).device
         self._sums = torch.zeros(0, dtype=torch.float64, device=self.device)  # of the terms since the last row of the curve
-        self._steps_summed = 0
+        self._groups_summed = 0
+        self._taken = 0  # groups of the step that is being made
+        self._running = RunningStatistics(student, method, groups=recipe.groups)
         self._bad_step = torch.tensor(-1, device=self.device)
         self._bad_terms = torch.zeros(0, dtype=torch.bool, device=self.device)
 
-    def update(self, batch: Batch, answers: Output | None) -> None:
-        """One optimiser step on one batch; ``answers`` may be missing for a method that needs no teacher.
+    def take(self, group: int, batch: Batch, answers: Output | None) -> None:
+        """Add one mix group's share to the gradient of its step; ``group`` counts the stream's groups over all steps, from 0.
 
-        Nothing here waits for the device.
+        ``answers`` may be missing for a method that needs no teacher. Nothing here waits for the device.
         """
         started = time.perf_counter()
-        seed_torch(self.seed, "step", self.step)  # dropout and drop path
+        if not self._taken:
+            self.optimizer.zero_grad()
+        seed_torch(self.seed, "step", group)  # dropout and drop path
+        self._taken += 1
+        model = self._model
+        more_to_come = isinstance(model, DistributedDataParallel) and self._taken < self.groups
+        with self._running, model.no_sync() if more_to_come else nullcontext():  # type: ignore[operator]
+            self._record(self._differentiate(model, batch, answers))
+        self.seconds += time.perf_counter() - started
+
+    def advance(self) -> None:
+        """The optimiser's step, when all groups of the batch were taken."""
+        started = time.perf_counter()
+        self._running.average()
         # half a step in: neither the first nor the last step has a learning rate of zero
         self.schedule.step_update(self.step + 0.5)  # type: ignore[arg-type]
-        self.optimizer.zero_grad()
-        terms = self._differentiate(batch, answers)
+        if self.clip_norm:
+            clip_grad_norm_([*self.student.parameters(), *self.method.parameters()], self.clip_norm)
         self.optimizer.step()
-        self._record(terms)
-        self.step += 1
+        for average in self.averages.values():
+            average.update(self.student.net)
+        self.step, self._taken = self.step + 1, 0
         self.seconds += time.perf_counter() - started
 
     def step_bytes(self, batch: Batch, answers: Output | None) -> int:
@@ -71,25 +120,35 @@ class Learner:
         The batch, the teacher's pass, the weights and the optimiser are not in it.
         """
         found = 0
+        alone = copy.copy(self)
+        alone._model = alone._together  # one that speaks to other processes cannot be copied
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             for _ in range(2 if self.device.type == "cuda" else 1):  # the first makes cuBLAS allocate what it keeps
-                twin = copy.deepcopy(self)
+                twin = copy.deepcopy(alone)
                 state = twin.state_dict()  # held: what a step replaces is not freed meanwhile
-                found = peak_bytes(functools.partial(twin._differentiate, batch, answers), self.device)
+                found = peak_bytes(functools.partial(twin._differentiate, twin._together, batch, answers), self.device)
                 del state
         return found
 
+    def average(self, decay: str) -> Classifier:
+        """A copy of the student with the averaged weights."""
+        student = copy.deepcopy(self.student)
+        student.net.load_state_dict(self.averages[decay].module.state_dict())
+        return student
+
     def close_epoch(self, epoch: int, images_seen: int, val_top1: float | None) -> None:
-        """Add a row to the curve: mean loss terms since the last row."""
-        means = (self._sums / max(1, self._steps_summed)).tolist()
+        """Add a row to the curve: mean loss terms since the last row. Every process calls it."""
+        self._agree()
+        means = (self._sums / max(1, self._groups_summed)).tolist()
         row: Row = {"epoch": epoch, "step": self.step, "images_seen": images_seen, "loss": sum(means)}
         self.curve.append(row | {f"loss_{name}": mean for name, mean in zip(self.names, means, strict=True)} | {"val_top1": val_top1})
         self._sums.zero_()
-        self._steps_summed = 0
+        self._groups_summed = 0
 
     @property
     def diverged_step(self) -> int | None:
-        """Waits for the device: ask between steps, not in each."""
+        """Waits for the device: ask between steps, not in each. Every process calls it."""
+        self._agree()
         step = int(self._bad_step)
         return None if step < 0 else step
 
@@ -105,17 +164,19 @@ class Learner:
         return f"of the loss terms only {', '.join(bad)} was not finite: most often its weight is too high or its temperature too low"
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, and the curve so far; tensors and plain values only."""
+        """Everything that the next step depends on, and the curve so far; tensors and plain values only. Every process calls it."""
+        self._agree()
         return {
             "step": self.step,
             "seconds": self.seconds,
             "student": self.student.state_dict(),
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "averages": {decay: average.module.state_dict() for decay, average in self.averages.items()},
             "curve": self.curve,
             "names": self.names,
             "sums": self._sums,
-            "steps_summed": self._steps_summed,
+            "groups_summed": self._groups_summed,
             "bad_step": self._bad_step,
             "bad_terms": self._bad_terms,
         }
@@ -125,21 +186,32 @@ class Learner:
         self.student.load_state_dict(state["student"])
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for decay, average in self.averages.items():
+            average.module.load_state_dict(state["averages"][decay])
         self.step, self.seconds, self.curve, self.names = state["step"], state["seconds"], state["curve"], state["names"]
-        self._steps_summed = state["steps_summed"]
+        self._groups_summed = state["groups_summed"]
         self._sums, self._bad_step, self._bad_terms = (state[key].to(self.device) for key in ("sums", "bad_step", "bad_terms"))
 
-    def _differentiate(self, batch: Batch, answers: Output | None) -> Terms:
+    def _differentiate(self, model: nn.Module, batch: Batch, answers: Output | None) -> Terms:
         """Forward and backward pass."""
-        output = self.student(batch.images, self.method.asks_student)
-        if answers is None:
-            if self.method.asks_teacher:
-                raise ValueError(f"{self.name}: found no teacher's answers; allowed: none only for a method that needs no teacher")
-            answers = output
+        if answers is None and self.method.asks_teacher:
+            raise ValueError(f"{self.name}: found no teacher's answers; allowed: none only for a method that needs no teacher")
         progress = torch.full((), (self.step + 1) / self.total_steps, device=self.device)
-        terms: Terms = self.method(output, answers, batch, self.hard, progress)
-        torch.stack(list(terms.values())).sum().backward()
+        if self.compute.compiled == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned is not looked at any more
+        with self.compute.autocast():
+            terms: Terms = model(batch, answers, progress)
+        (torch.stack(list(terms.values())).sum() / self.groups).backward()
         return terms
+
+    def _agree(self) -> None:
+        """What the processes noted of the steps so far becomes the same in all of them."""
+        if world() > 1:
+            mean_over_ranks([self._sums])
+            steps = everyones(self._bad_step[None])
+            first = torch.where(steps < 0, torch.iinfo(steps.dtype).max, steps).min()
+            self._bad_step = torch.where((steps < 0).all(), -1, first)
+            self._bad_terms = everyones(self._bad_terms[None]).any(dim=0)
 
     def _record(self, terms: Terms) -> None:
         values: Float[Tensor, " terms"] = torch.stack([term.detach() for term in terms.values()])
@@ -152,7 +224,7 @@ class Learner:
         self._bad_step = torch.where(first, self.step, self._bad_step)
         self._bad_terms = torch.where(first, bad, self._bad_terms)
         self._sums += values.double()
-        self._steps_summed += 1
+        self._groups_summed += 1
 
 
 def total_steps(recipe: Recipe, train_images: int) -> int:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from kdlib.ranks import everyones, rank, world
 from kdlib.types import Images, Logits
 
 BINS = 15
@@ -86,17 +87,20 @@ def predict(
 ) -> Float[Tensor, "batch classes"]:
     """The model's logits for every image once, in order, in fp32 on the CPU.
 
-    The model must be on ``device``. It answers in eval mode; afterwards each of its modules is in the mode it was in.
+    The model must be on ``device``. It answers in eval mode; afterwards each of its modules is in the mode it was in. Processes that train
+    together share the images out, and all get all logits; where these do not divide, the last image is looked at more than once, and
+    counted once.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    share = -(-len(images) // world())
+    places = np.minimum(np.arange(rank() * share, (rank() + 1) * share), len(images) - 1)
     try:
         with torch.inference_mode():
             parts = [
-                model(to_images(images[start : start + batch_size], device)).logits.float().cpu()
-                for start in range(0, len(images), batch_size)
+                model(to_images(images[places[start : start + batch_size]], device)).logits.float() for start in range(0, share, batch_size)
             ]
     finally:
         for module, mode in modes:
             module.training = mode
-    return torch.cat(parts)  # outside of inference mode: an ordinary tensor, which autograd may save
+    return everyones(torch.cat(parts))[: len(images)].cpu()  # outside of inference mode: an ordinary tensor, which autograd may save

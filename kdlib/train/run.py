@@ -16,20 +16,25 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdlib.config import Recipe
+from kdlib.config import ComputeParams, Recipe
 from kdlib.data.splits import DataSet, Split
 from kdlib.data.stream import ViewStream
 from kdlib.losses.base import Method
 from kdlib.models import Classifier, build
+from kdlib.ranks import rank, say, wait_for_all
 from kdlib.results import write_bytes, write_csv, write_json
 from kdlib.seed import seed_torch
 from kdlib.train import checkpoint
-from kdlib.train.fit import ask, fit, to_device
+from kdlib.train.answers import Answers
+from kdlib.train.compute import Compute, choose, teachers_compute
+from kdlib.train.fit import Fit
 from kdlib.train.learner import Learner, total_steps
 from kdlib.train.measure import measure, predict
 from kdlib.train.teacher import Teacher
+from kdlib.types import Asks
 
 EVALUATION_BATCH = 512
+GPU_TOLERANCE = 0.05  # of a logit: sums there are not repeated in the same order
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class Setting:
     seed: int
     device: torch.device
     title: str  # in logs
+    compute: ComputeParams
+    answers_gb: float = 0.0  # that the teacher's answers may take
+    answers: Path | None = None  # folder for the teacher's answers, named after all that they depend on; None keeps none
 
 
 @dataclass(frozen=True)
@@ -64,42 +72,80 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
     """
     data, recipe = setting.data, setting.recipe
     steps = total_steps(recipe, len(data.train.labels))
+    compute = choose(setting.compute, setting.device, recipe, steps, data.train.images.nbytes)
+    images = torch.from_numpy(np.array(data.train.images)).to(setting.device) if compute.resident else data.train.images
     stream = ViewStream(
-        data.train.images, data.train.labels, setting.index, classes=data.classes, recipe=recipe, hflip=data.hflip, seed=setting.seed
+        images,
+        data.train.labels,
+        setting.index,
+        classes=data.classes,
+        recipe=recipe,
+        hflip=data.hflip,
+        seed=setting.seed,
+        device=setting.device,
     )
-    learners = [_learner(setting, job, steps) for job in jobs]
+    learners = [_learner(setting, job, steps, compute) for job in jobs]
+    wait_for_all()  # all have read the checkpoints before the first one writes another
     folders = {id(learner): job.folder for learner, job in zip(learners, jobs, strict=True)}
-    batch = to_device(stream.batch(0), learners)
-    answers = ask(setting.teacher, learners, batch)
-    step_bytes = [learner.step_bytes(batch, answers) for learner in learners]  # first: a run that cannot be measured fails before hours
+    batch = stream.batch(0)
+    answers = _answers(setting, learners, steps, teachers_compute(compute, setting.teacher, batch.images))
+    asks: Asks = frozenset().union(*(learner.method.asks_teacher for learner in learners))
+    said = answers(0, batch.images, asks) if answers and asks else None
+    step_bytes = [learner.step_bytes(batch, said) for learner in learners]  # first: a run that cannot be measured fails before hours
     val_labels = torch.from_numpy(np.asarray(data.val.labels))
-    teacher_seconds = fit(
+    fit = Fit(
         learners,
         stream,
-        setting.teacher,
+        answers,
         validate=lambda learner: _top1(learner.student, data.val, val_labels, setting.device),
-        save=lambda learner: checkpoint.save(folders[id(learner)], learner.step, learner.state_dict()),
+        save=lambda learner: _save(folders[id(learner)], learner),
         save_seconds=save_seconds,
         title=setting.title,
+        ahead=compute.ahead if asks else 0,
     )
+    fit.run()
     measured = _Measured(data, setting.teacher, setting.device)
     for learner, job, its_bytes in zip(learners, jobs, step_bytes, strict=True):
-        _write(job, learner, setting, measured, its_bytes, teacher_seconds / len(jobs))
+        _write(job, learner, setting, measured, its_bytes, fit.teacher_seconds / len(jobs))
 
 
-def _learner(setting: Setting, job: Job, steps: int) -> Learner:
+def _save(folder: Path, learner: Learner) -> None:
+    state = learner.state_dict()
+    if rank() == 0:
+        checkpoint.save(folder, learner.step, state)
+
+
+def _learner(setting: Setting, job: Job, steps: int, compute: Compute) -> Learner:
     data = setting.data
     seed_torch(setting.seed, "init")  # of student and adapters: the same start for every method
     student = build(setting.student, data.classes, data.channels, setting.size, setting.recipe.drop_path).to(setting.device)
     method = job.method()
     labels = torch.from_numpy(np.asarray(data.train.labels[setting.index], np.int64))
     method.adapt(student.shape, (setting.teacher or student).shape, labels)
-    learner = Learner(job.name, student, method.to(setting.device), setting.recipe, total_steps=steps, seed=setting.seed)
+    learner = Learner(job.name, student, method.to(setting.device), setting.recipe, total_steps=steps, seed=setting.seed, compute=compute)
     state = checkpoint.newest(job.folder)
     if state is not None:
         learner.load_state_dict(state)
-        print(f"{setting.title}  {job.name}: goes on from step {learner.step} of {steps}", flush=True)
+        say(f"{setting.title}  {job.name}: goes on from step {learner.step} of {steps}")
     return learner
+
+
+def _answers(setting: Setting, learners: Sequence[Learner], steps: int, compute: Compute) -> Answers | None:
+    """The teacher, and where its answers are kept; says how much room they take before they take it."""
+    if setting.teacher is None:
+        return None
+    recipe = setting.recipe
+    per_epoch = recipe.groups * max(1, len(setting.data.train.labels) // recipe.batch_size)
+    tolerance = 0.0 if setting.device.type == "cpu" else GPU_TOLERANCE
+    answers = Answers(setting.teacher, setting.answers, recipe.batch_size // recipe.groups, per_epoch, compute, tolerance)
+    asks: Asks = frozenset().union(*(learner.method.asks_teacher for learner in learners))
+    if asks and setting.answers:
+        gigabytes = answers.bytes(steps * recipe.groups, asks) / 1e9
+        within = gigabytes <= setting.answers_gb
+        what = f"are kept in {setting.answers}" if within else f"are not kept: more than study.answers_gb, {setting.answers_gb:g} GB"
+        say(f"{setting.title}  the teacher's answers, {gigabytes:.3g} GB, {what}")
+        answers.folder = setting.answers if within else None
+    return answers
 
 
 class _Measured:
@@ -127,12 +173,17 @@ class _Measured:
 def _write(job: Job, learner: Learner, setting: Setting, measured: _Measured, step_bytes: int, teacher_seconds: float) -> None:
     recipe, shape = setting.recipe, (setting.data.channels, setting.data.size)
     diverged = learner.diverged_step
+    splits = ("val", "test") if job.on_test else ("val",)  # once, at the last epoch
+    averages = {decay: learner.average(decay) for decay in learner.averages}
+    measures: dict[str, Any] = {}
     try:
-        measures = measured(learner.student, "val") if diverged is None else {}
-        if diverged is None and job.on_test:  # once, at the last epoch
-            measures |= measured(learner.student, "test")
+        if diverged is None:
+            measures = _measures(learner.student, measured, splits)
+            measures["averages"] = {decay: _measures(student, measured, splits) for decay, student in averages.items()}
     except FloatingPointError:  # a finite loss, but statistics of BatchNorm that are not
         diverged, measures = learner.step - 1, {}
+    if rank() > 0:
+        return
     steps = learner.step if diverged is None else diverged + 1
     curve = [row for row in learner.curve if diverged is None or (row["step"] or 0) <= diverged]
     seen = steps * recipe.batch_size
@@ -154,10 +205,16 @@ def _write(job: Job, learner: Learner, setting: Setting, measured: _Measured, st
     columns = ["epoch", "step", "images_seen", "loss", *(f"loss_{name}" for name in learner.names), "val_top1"]
     write_csv(job.folder / "curve.csv", pd.DataFrame(curve, columns=columns))
     write_bytes(job.folder / "weights.safetensors", save(weights(learner.student)))
+    for decay, student in averages.items():
+        write_bytes(job.folder / f"weights_{decay}.safetensors", save(weights(student)))
     write_json(job.folder / "timing.json", {"student_seconds": learner.seconds, "teacher_seconds_share": teacher_seconds})
-    write_json(job.folder / "environment.json", environment(setting.device))
+    write_json(job.folder / "environment.json", environment(setting.device) | learner.compute.record())
     write_json(job.folder / "metrics.json", metrics)
     checkpoint.clear(job.folder)
+
+
+def _measures(student: Classifier, measured: _Measured, splits: Sequence[str]) -> dict[str, Any]:
+    return {name: value for split in splits for name, value in measured(student, split).items()}
 
 
 def write_measured(folder: Path, classifier: Classifier, data: DataSet, device: torch.device) -> None:

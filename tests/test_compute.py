@@ -1,0 +1,226 @@
+"""What is chosen for a device, and that it computes what fp32 without it does."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdlib.config import ComputeParams, Refused
+from kdlib.data.stream import ViewStream
+from kdlib.losses import METHODS
+from kdlib.models import build
+from kdlib.train import compute as module
+from kdlib.train.ahead import in_time
+from kdlib.train.answers import Answers
+from kdlib.train.compute import Compute, choose, in_turn, teachers_compute
+from kdlib.train.learner import Learner
+from kdlib.train.threads import threads
+from tests import training
+from tests.training import method, setting, trained
+
+CUDA = torch.device("cuda")
+RECIPE = training.recipe()
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def params(**changes: object) -> ComputeParams:
+    return ComputeParams.model_validate({"precision": "auto", "compile": "auto", "resident": "auto", "ahead": "auto", **changes})
+
+
+def test_a_cpu_computes_plainly() -> None:
+    assert choose(params(), training.CPU, RECIPE, 10**6, 10) == Compute(training.CPU, bf16=False, compiled=False, resident=False)
+    forced = choose(params(compile=True, resident=True, precision="fp32"), training.CPU, RECIPE, 1, 10)
+    assert forced == Compute(training.CPU, bf16=False, compiled=True, resident=True)
+
+
+@pytest.mark.parametrize(("count", "ahead"), [(1, 0), (2, 1), (5, 2), (8, 4)])
+def test_half_of_the_threads_work_ahead(count: int, ahead: int) -> None:
+    with threads(count):
+        assert choose(params(), training.CPU, RECIPE, 1, 1).ahead == ahead
+        assert choose(params(ahead=False), training.CPU, RECIPE, 1, 1).ahead == 0
+        assert choose(params(), training.CPU, training.recipe(augment="timm", crop_padding=0.0), 1, 1).ahead == 0
+        for wanted, expected in (("auto", 0), (True, 1), (False, 0)):
+            assert choose(params(precision="fp32", resident=False, ahead=wanted), CUDA, RECIPE, 1, 1).ahead == expected
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_what_is_made_ahead_comes_in_order(count: int) -> None:
+    asked: list[int] = []
+    given = in_time(lambda place: -place, (asked.append(place) or place for place in range(5)), count, training.CPU)  # type: ignore[func-returns-value]
+    assert next(given) == (0, 0)
+    assert len(asked) == 1 + count
+    assert list(given) == [(1, -1), (2, -2), (3, -3), (4, -4)]
+    assert list(in_time(lambda place: place, [], count, training.CPU)) == []
+    with pytest.raises(ZeroDivisionError):
+        list(in_time(lambda place: 1 // place, [1, 0], count, training.CPU))
+
+
+def test_training_with_work_ahead_is_the_same(tmp_path: Path) -> None:
+    """Of several groups too, and where a run diverges meanwhile, and gone on from the middle."""
+    methods = {name: method(name) for name in ("kd", "fitnet", "no_kd")}
+    for number, changes in enumerate(({}, {"group_size": 8})):
+        among = setting(**changes)
+        plain = trained(among, methods, tmp_path / f"plain {number}")
+        with threads(2):  # one for each; the measures at the end have both
+            ahead = trained(among, methods, tmp_path / f"ahead {number}")
+        for name, files in plain.items():
+            assert [ahead[name][file] for file in ("weights.safetensors", "curve.csv")] == [
+                files[file] for file in ("weights.safetensors", "curve.csv")
+            ]
+        said = json.loads((tmp_path / f"ahead {number}" / "kd" / "environment.json").read_text())
+        assert (said["ahead"], said["threads"]) == (1, 2)
+
+
+def test_a_student_is_compiled_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(options["mode"]) or module)
+    for compiled in (False, True, "graphs"):
+        assert choose(params(compile=compiled), training.CPU, RECIPE, 1, 1).compiled == compiled
+        student, made = build(training.NET, 6, 1, 8), method("no_kd")()
+        Learner("no_kd", student, made, RECIPE, total_steps=2, seed=0, compute=Compute(training.CPU, compiled=compiled))
+    assert asked == [None, "reduce-overhead"]
+
+
+def test_a_gpu_gets_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
+    assert choose(params(), CUDA, RECIPE, 10**6, 500) == Compute(CUDA, bf16=True, compiled=True, resident=True)
+    assert choose(params(), CUDA, RECIPE, 10, 501) == Compute(CUDA, bf16=True, compiled=False, resident=False)
+    off = choose(params(precision="fp32", compile=False, resident=False), CUDA, RECIPE, 10**6, 500)
+    assert off == Compute(CUDA)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert not choose(params(), CUDA, RECIPE, 10, 10).bf16
+
+
+def test_bf16_is_refused_where_it_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "bf16_slowdown", lambda: 9.7)
+    with pytest.raises(Refused, match=r"study.compute.precision: found 'bf16'; allowed: fp32 or auto .* takes 9.7 times as long"):
+        choose(params(precision="bf16"), training.CPU, RECIPE, 1, 1)
+    monkeypatch.setattr(module, "bf16_slowdown", lambda: 0.5)
+    assert choose(params(precision="bf16"), training.CPU, RECIPE, 1, 1).bf16
+
+
+def test_the_slowdown_is_measured() -> None:
+    assert 0.05 < module.bf16_slowdown() < 1000
+
+
+def test_in_turn_takes_the_least_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, costs = 0.0, iter([50, 70, 5, 7, 4, 9, 6, 8])
+
+    def clock() -> float:
+        return now
+
+    def work() -> None:
+        nonlocal now
+        now += next(costs)
+
+    monkeypatch.setattr(module.time, "perf_counter", clock)
+    assert in_turn([work, work], rounds=3) == [4, 7]
+
+
+def test_a_teacher_that_bf16_changes_answers_in_fp32(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    images, teacher, bf16 = torch.rand(8, 1, 8, 8), training.teacher(), Compute(training.CPU, bf16=True)
+    assert teachers_compute(bf16, teacher, images) == bf16
+    assert teachers_compute(bf16, None, images) == bf16
+    monkeypatch.setattr(module, "TEACHER_GAP", 0.0)
+    assert teachers_compute(bf16, teacher, images) == Compute(training.CPU)
+    assert "the teacher answers in fp32: in bf16 its logits differ by" in capsys.readouterr().out
+
+
+# What is computed
+
+
+def test_a_resident_training_is_the_same(tmp_path: Path) -> None:
+    plain = trained(setting(), {"kd": method("kd")}, tmp_path / "plain")
+    resident = trained(dataclasses.replace(setting(), compute=params(resident=True)), {"kd": method("kd")}, tmp_path / "resident")
+    assert resident == plain
+    said = json.loads((tmp_path / "resident" / "kd" / "environment.json").read_text())
+    assert (said["bf16"], said["compiled"], said["resident"]) == (False, False, True)
+
+
+def train_plain_and_compiled(folder: Path) -> None:
+    """In a process without the tests' type checks, which a tracer cannot pass."""
+    torch.set_num_threads(1)
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    methods = {name: method(name) for name, made in METHODS.items() if not made.unmixed}
+    short = setting(epochs=0.5, drop_path=0.0)
+    trained(short, methods, folder / "plain")
+    trained(dataclasses.replace(short, compute=params(compile=True)), methods, folder / "compiled")
+
+
+def test_a_compiled_student_learns_the_same(tmp_path: Path) -> None:
+    """With its loss, by the tracer without the code generator."""
+    process = training.start(train_plain_and_compiled, tmp_path)
+    process.join(280)
+    assert process.exitcode == 0
+    plain = sorted((tmp_path / "plain").rglob("weights.safetensors"))
+    assert len(plain) == len([made for made in METHODS.values() if not made.unmixed])
+    for path in plain:
+        ours, theirs = load_file(path), load_file(tmp_path / "compiled" / path.relative_to(tmp_path / "plain"))
+        for key, value in ours.items():
+            torch.testing.assert_close(theirs[key], value, rtol=1e-3, atol=1e-4, msg=f"{path} {key}")
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_no_step_waits_for_the_device(name: str) -> None:
+    """Views, teacher, student, loss, optimiser, averages and clipping, with CUDA's synchronisations turned into errors."""
+    mixes = {} if not METHODS[name].unmixed else {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}
+    among = setting(ema=[0.9], clip_norm=1.0, **mixes)
+    split = among.data.train
+    images = torch.from_numpy(split.images[:]).to(CUDA)
+    for held in (images, split.images):
+        stream = ViewStream(held, split.labels, among.index, classes=6, recipe=among.recipe, hflip=0.5, seed=0, device=CUDA)
+        teacher, student, made = training.teacher().to(CUDA), build(training.NET, 6, 1, 8, 0.3).to(CUDA), method(name)()
+        made.adapt(student.shape, teacher.shape, torch.from_numpy(split.labels[among.index].astype("int64")))
+        compute = Compute(CUDA, bf16=True)
+        learner = Learner(name, student, made.to(CUDA), among.recipe, total_steps=20, seed=0, compute=compute)
+        answers = Answers(teacher, None, 16, 6, compute)
+        for step in range(6):
+            torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+            try:
+                batch = stream.batch(step)
+                asks = made.asks_teacher
+                learner.take(step, batch, answers(step, batch.images, asks) if asks else None)
+                learner.advance()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("changes", [{"ahead": True}, {"compile": True}, {"compile": "graphs"}])
+def test_what_is_quicker_learns_the_same(tmp_path: Path, changes: dict[str, object]) -> None:
+    """A teacher in a second stream reads and writes no memory too early; a compiled student, and its graphs, compute the same."""
+    losses = {}
+    for name, compute in (
+        ("plain", params(precision="fp32", compile=False)),
+        ("quick", params(**{"precision": "fp32", "compile": False, **changes})),
+    ):
+        among = dataclasses.replace(setting(epochs=8.0, drop_path=0.0), device=CUDA, teacher=training.teacher().to(CUDA), compute=compute)
+        trained(among, {one: method(one) for one in ("kd", "fitnet")}, tmp_path / name)
+        losses[name] = pd.read_csv(tmp_path / name / "kd" / "curve.csv")["loss"].to_numpy()
+    assert losses["quick"] == pytest.approx(losses["plain"], rel=0.02)
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_gpu_learns_what_a_cpu_learns(tmp_path: Path) -> None:
+    """In fp32 and in bf16 as far as rounding goes: the loss of every epoch."""
+    losses = {}
+    for device, precision in ((training.CPU, "fp32"), (CUDA, "fp32"), (CUDA, "bf16")):
+        teacher = training.teacher().to(device)
+        among = dataclasses.replace(setting(drop_path=0.0), device=device, teacher=teacher, compute=params(precision=precision))
+        trained(among, {"kd": method("kd")}, tmp_path / f"{device}{precision}")
+        losses[device.type, precision] = pd.read_csv(tmp_path / f"{device}{precision}" / "kd" / "curve.csv")["loss"].to_numpy()
+    assert losses["cuda", "fp32"] == pytest.approx(losses["cpu", "fp32"], rel=0.02)
+    assert losses["cuda", "bf16"] == pytest.approx(losses["cpu", "fp32"], rel=0.1)
