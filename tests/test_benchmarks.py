@@ -85,3 +85,69 @@ def test_the_page_of_the_studies_is_of_the_committed_results() -> None:
         module = importlib.import_module("studies")
     found = json.loads((ROOT / "benchmarks" / "results" / "studies.json").read_text())
     assert (ROOT / "benchmarks" / "studies.md").read_text() == module.markdown(found)
+
+
+# The engine
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what ``engine.py --quick`` writes: it ends with an error unless all implementations compute the same."""
+    folder = tmp_path_factory.mktemp("engine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        importlib.import_module("engine").main(["--quick", "--out", str(folder)])
+    return folder
+
+
+def test_the_engine_is_measured_beside_its_peers(engine: Path) -> None:
+    (path,) = (engine / "results").glob("*.json")
+    content = json.loads(path.read_text())
+    assert [(row["case"], row["baseline"]) for row in content["rows"]] == [
+        ("one_student", "official"),
+        ("one_student", "timm"),
+        ("eight_students", "official"),
+        ("eight_students", "timm"),
+        ("cached_rerun", "first_run"),
+    ]
+    for row in content["rows"]:
+        assert 0 < row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"]
+        assert row["rounds"] == 2
+        assert row["ceiling"] > 0
+    page = (engine / "engine.md").read_text()
+    assert all(f"| {row['case']} | {row['baseline']} | {row['ratio_median']:.2f} (" in page for row in content["rows"])
+    assert all(f"| {part} |" in page for part in content["milliseconds_of_a_step"])
+
+
+def test_implementations_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module, peers = importlib.import_module("engine"), importlib.import_module("peers")
+    task = peers.Task(student="kd_resnet8_w8_s1", teacher="kd_resnet8_w8_s1", batch=32, images=400, students=1)
+    monkeypatch.setattr(peers.KD, "distill", lambda self, *given: {"kd": 2 * given[0].logits.sum()})  # noqa: ARG005
+    with pytest.raises(SystemExit, match=r"found losses that differ by .*; nothing was timed"):
+        module.agree([peers.Official(task, 1, 0), peers.Ours(task, range(1))], range(3))
+
+
+def test_the_readme_and_the_page_say_what_the_results_say() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        module = importlib.import_module("engine")
+    every = module.committed(ROOT / "benchmarks" / "results")
+    readme, page = (ROOT / "README.md").read_text(), ROOT / "benchmarks" / "engine.md"
+    assert readme.split("<!-- engine:begin -->")[1].split("<!-- engine:end -->")[0].strip() == module.for_readme(every).strip()
+    if every:
+        assert page.read_text() == module.markdown(every)
+
+
+def test_growth_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    importlib.import_module("growth").main(["--quick", "--out", str(tmp_path)])
+    (path,) = (tmp_path / "results").glob("growth_*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["what"], row["case"]) for row in rows] == [
+        *(("images", count) for count in ("600", "6,000")),
+        *(("students", count) for count in ("1", "2")),
+        *(("classes", count) for count in ("10", "100")),
+        *(("processes", count) for count in ("1", "2")),
+    ]
+    assert all(row["ms"] > 0 for row in rows)
