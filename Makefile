@@ -1,4 +1,4 @@
-# make study [STUDY=methods] | test | lab | gc [FREE=1]: each makes the environment it needs and then does its one thing.
+# make study [STUDY=methods] | test | bench | lab | gc [FREE=1]: each makes the environment it needs and then does its one thing.
 # README has the commands without make.
 PYTHON ?= python3
 VENV := .venv
@@ -6,16 +6,19 @@ STUDY ?=
 FREE ?=
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: study test test-long test-oldest test-oracles lab gc
+.PHONY: study test test-long test-oldest test-oracles bench lab gc
 
 study: $(VENV)/installed
 	python -m kdlib.study run $(STUDY)
 
 test: $(VENV)/installed
-	python -m pytest
+	python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-long: $(VENV)/installed
 	python -m pytest -m "long or not long"
+
+bench: $(VENV)/installed
+	python benchmarks/engine.py
 
 lab: $(VENV)/installed
 	jupyter lab --notebook-dir . notebooks/explore.ipynb
