@@ -5,6 +5,7 @@ import functools
 import math
 import time
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ from kdlib.train.norms import RunningStatistics
 from kdlib.types import Batch, Output, Terms
 
 Row = dict[str, float | int | None]
+# BatchNorm's statistics are averaged once a step (norms); the older of the two names is deprecated in torch 2.15
+_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in signature(DistributedDataParallel).parameters)
+_NO_SYNC: dict[str, Any] = {_BUFFERS: False}
 
 
 class _Together(nn.Module):
@@ -62,7 +66,7 @@ class Learner:
             mode = "reduce-overhead" if self.compute.compiled == "graphs" else None
             self._model = torch.compile(self._together, dynamic=False, mode=mode)  # type: ignore[assignment]
         if world() > 1:  # a head that no loss looks at gets no gradient
-            self._model = DistributedDataParallel(self._model, broadcast_buffers=False, find_unused_parameters=self.hard is None)
+            self._model = DistributedDataParallel(self._model, **_NO_SYNC, find_unused_parameters=self.hard is None)
         self.optimizer = create_optimizer_v2(student.net, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         for adapters in param_groups_weight_decay(method, recipe.weight_decay):  # like the student's: biases and norms do not decay
             if adapters["params"]:
