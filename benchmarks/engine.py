@@ -27,14 +27,44 @@ from peers import LOGITS, Official, Ours, OursSideBySide, Task, Timm, pil_batche
 
 from kdlib.results import write_text
 from kdlib.tables import insert_between_markers
+from kdlib.train.run import forward_flops
 from kdlib.train.threads import threads
 
 HERE = Path(__file__).parent
 STUDENT = "student with its loss, backward pass and optimiser"
 ALONE = f"{STUDENT}, one thread"
 CHECKED = 20  # losses that must agree
-AGREE = 5e-3  # relative: our teacher's answers are rounded to half precision
-WORKERS = (0, 1, 2)  # of the PIL loaders; the fastest is taken
+# of losses, relative: our teacher's answers are rounded to half precision; on a GPU the loops compute in fp16 or bf16
+AGREE = {"cpu": 5e-3, "cuda": 5e-2}
+CORES = os.cpu_count() or 1
+WORKERS = (0, 1, 2) if CORES < 4 else (CORES // 4, CORES // 2, CORES)  # of the PIL loaders; the fastest is taken
+RESNET50_BYTES = 335e6  # that training moves for an image of 224 pixels, fused (an estimate from the sizes of its maps)
+WORDS = {2: "two", 4: "four", 8: "eight"}
+# what was asked for, median
+TARGETS_CPU = {
+    **{("one_student", "official"): 1.4, ("one_student", "timm"): 1.1, ("cached_rerun", "first_run"): 1.8},
+    **{("eight_students", "official"): 1.5, ("eight_students", "timm"): 2.0},
+}
+TARGETS_GPU = {
+    **{("one_student", "official"): 2.0, ("one_student", "timm"): 1.1, ("small_nets_one_student", "official"): 5.0},
+    **{("four_students", "one_student"): 1.3, ("four_students", "official"): 1.5},
+}
+TARGETS = TARGETS_GPU if torch.cuda.is_available() else TARGETS_CPU
+GPU = {
+    "": Task(
+        student="resnet50", teacher="beitv2_base_patch16_224", size=224, batch=256, classes=1000, students=4, channels=3, device="cuda"
+    ),
+    "small_nets_": Task(
+        student="kd_resnet20_w16_s1",
+        teacher="kd_resnet56_w16_s1",
+        size=32,
+        classes=100,
+        images=50_000,
+        students=1,
+        channels=3,
+        device="cuda",
+    ),
+}
 Row = dict[str, Any]
 
 
@@ -42,10 +72,12 @@ def seconds(contender: Any, steps: range) -> float:
     """Of these steps, from views to weights; worker processes are started, and the first batch fetched, before."""
     batches: Iterator[Any] = iter(contender.batches(steps))
     first = next(batches)
+    wait(contender.task)
     started = time.perf_counter()
     contender.step(first)
     for batch in batches:
         contender.step(batch)
+    wait(contender.task)
     return time.perf_counter() - started
 
 
@@ -57,14 +89,20 @@ def losses(contender: Any, steps: range) -> np.ndarray:
     )
 
 
-def agree(contenders: Sequence[Any], steps: range) -> None:
-    """Exits if they do not compute the same."""
-    first, *others = [losses(contender, steps) for contender in contenders]
+def agree(contenders: Sequence[Any], steps: range, tolerance: float) -> dict[str, float]:
+    """Exits if they do not compute the same; the seconds of each, in which it compiles and what else a first step does."""
+    found, seconds_of = [], {}
+    for contender in contenders:
+        started = time.perf_counter()
+        found.append(losses(contender, steps))
+        seconds_of[contender.name] = time.perf_counter() - started
+    first, *others = found
     for contender, found in zip(contenders[1:], others, strict=True):
         gap = float(np.max(np.abs(found - first[: len(found)]) / np.abs(first[: len(found)])))
         print(f"the first {len(steps)} losses of {contender.name} and {contenders[0].name} agree within {gap:.1e}", flush=True)
-        if gap > AGREE:
-            raise SystemExit(f"found losses that differ by {gap:.2e}; allowed: {AGREE:g}; nothing was timed")
+        if gap > tolerance:
+            raise SystemExit(f"found losses that differ by {gap:.2e}; allowed: {tolerance:g}; nothing was timed")
+    return seconds_of
 
 
 def interleaved(contenders: Sequence[Any], rounds: int, steps: int, first: int) -> list[list[float]]:
@@ -79,7 +117,7 @@ def interleaved(contenders: Sequence[Any], rounds: int, steps: int, first: int) 
     return [times[1:] for times in found]
 
 
-def row(case: str, baseline: str, ours: Sequence[float], theirs: Sequence[float], *, alone: float, images: int, target: float) -> Row:
+def row(case: str, baseline: str, ours: Sequence[float], theirs: Sequence[float], alone: float, images: int) -> Row:
     """``alone``: seconds that the students' own steps take, which nothing can leave out; the ceiling follows (Amdahl's law)."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     found = {
@@ -89,7 +127,7 @@ def row(case: str, baseline: str, ours: Sequence[float], theirs: Sequence[float]
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
     }
-    found |= {"rounds": len(ratios), "target": target, "ceiling": statistics.median(theirs) / alone}
+    found |= {"rounds": len(ratios), "target": TARGETS.get((case, baseline)), "ceiling": statistics.median(theirs) / alone}
     found |= {"images_times_students_per_second": images / statistics.median(ours)}
     said = f"x {found['ratio_median']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}); at most {found['ceiling']:.2f}"
     print(f"{case} beside {baseline}: {said}", flush=True)
@@ -106,76 +144,116 @@ def workers(make: Callable[[int], Any], steps: int) -> int:
 def split(task: Task, steps: int) -> Row:
     """Milliseconds of a step's parts, each by itself: what the ceiling follows from."""
     ours, peer = Ours(task, range(1)), Official(task, 1, 0)
-    views = [ours.task.stream.batch(step) for step in range(steps)]
+    batch = ours.stream.batch(0)
     learner = ours.learners[0]
-    said = ours.answers(0, views[0].images, LOGITS)
+    said = ours.answers(0, batch.images, LOGITS)
+    images = batch.images.contiguous()
 
-    def ms(do: Callable[[], object]) -> float:
-        do()
-        started = time.perf_counter()
-        do()
+    def ms(do: Callable[[int], object]) -> float:
+        for _ in range(2):
+            wait(task)
+            started = time.perf_counter()
+            for number in range(steps):
+                do(number)
+            wait(task)
         return 1e3 * (time.perf_counter() - started) / steps
 
-    def learn() -> None:
-        for number in range(steps):
-            learner.take(number, views[0], said)
-            learner.advance()
+    def learn(number: int) -> None:
+        learner.take(number, batch, said)
+        learner.advance()
 
-    images = views[0].images.contiguous()
+    def learning(count: int) -> float:
+        with threads(count):
+            return ms(learn)
+
+    parts = {STUDENT: learning(torch.get_num_threads()), ALONE: learning(1)}
     with torch.no_grad():
-        return {
-            "views, ours": ms(lambda: [ours.task.stream.batch(step) for step in range(steps)]),
-            "views, PIL in this process": ms(lambda: list(pil_batches(task, range(steps), 0))),
-            "teacher, channels_last": ms(lambda: [ours.answers.teacher(views[0].images) for _ in range(steps)]),
-            "teacher, NCHW": ms(lambda: [peer.teacher(images) for _ in range(steps)]),
-            STUDENT: _learning(lambda: ms(learn), torch.get_num_threads()),
-            ALONE: _learning(lambda: ms(learn), 1),
+        return parts | {
+            "views, ours": ms(ours.stream.batch),
+            "views, PIL in this process": ms(lambda number: list(pil_batches(task, range(number, number + 1), 0))),
+            "teacher, ours": ms(lambda _: ours.answers.teacher(batch.images)),
+            "teacher, NCHW": ms(lambda _: peer.teacher(images)),
         }
 
 
-def _learning(do: Callable[[], float], count: int) -> float:
-    with torch.enable_grad(), threads(count):
-        return do()
-
-
-def measure(task: Task, rounds: int, steps: int) -> Row:
+def measure(task: Task, rounds: int, steps: int, prefix: str = "") -> Row:
+    """All that there is a target for."""
     counts = {
         "official": workers(lambda count: Official(task, 1, count), steps),
         "timm": workers(lambda count: Timm(task, count), steps),
-        "official, several students": workers(lambda count: Official(task, task.students, count), max(2, steps // 4)),
     }
-    print(f"PIL loaders are fastest with so many worker processes: {counts}", flush=True)
     parts = split(task, steps)
+    alone = steps * min(parts[STUDENT], parts[ALONE]) / 1e3
     one = [Official(task, 1, counts["official"]), Timm(task, counts["timm"]), Ours(task, range(1))]
-    agree(one, range(CHECKED))
+    warm_up = agree(one, range(CHECKED), AGREE[task.device])
     official, peer, ours = interleaved(one, rounds, steps, CHECKED)
-    work = {"alone": steps * min(parts[STUDENT], parts[ALONE]) / 1e3, "images": task.batch * steps}
-    rows = [row("one_student", "official", ours, official, **work, target=1.4), row("one_student", "timm", ours, peer, **work, target=1.1)]
-    processes = max(1, min(torch.get_num_threads(), task.students))
-    many = [
-        Official(task, task.students, counts["official, several students"]),
-        OursSideBySide(task, task.students, processes),
-        Timm(task, counts["timm"]),
-    ]
-    agree(many[:2], range(CHECKED))
-    short = max(2, steps // 2)
-    official, ours, peer = interleaved(many, rounds, short, CHECKED)
-    in_turn = [task.students * found for found in peer]  # timm trains them one after the other
-    work = {"alone": short * task.students * parts[ALONE] / processes / 1e3, "images": task.batch * short * task.students}
-    rows.append(row("eight_students", "official", ours, official, **work, target=1.5))
-    rows.append(row("eight_students", "timm", ours, in_turn, **work, target=2.0))
+    case, images = f"{prefix}one_student", task.batch * steps
+    rows = [row(case, name, ours, theirs, alone, images) for name, theirs in (("official", official), ("timm", peer))]
+    found = {"case": case, "pil_workers": counts, "seconds_of_the_first_steps": warm_up, "milliseconds_of_a_step": parts, "rows": rows}
+    if task.on_gpu:
+        found |= used(task, images / statistics.median(ours))
+    if task.students > 1:
+        rows += several(task, rounds, max(2, steps // 2), counts, parts)
     with tempfile.TemporaryDirectory() as folder:
         twice = [Ours(task, range(1), Path(folder)), Ours(task, range(1), Path(folder))]
         live, cached = interleaved(twice, rounds, steps, 0)
         # the first run's teacher works beside the student, which therefore has one thread in both
-        work = {"alone": steps * parts[ALONE if twice[0].ahead else STUDENT] / 1e3, "images": task.batch * steps}
-        rows.append(row("cached_rerun", "first_run", cached, live, **work, target=1.8))
-    return {"pil_workers": counts, "milliseconds_of_a_step": parts, "rows": rows}
+        rows.append(
+            row(f"{prefix}cached_rerun", "first_run", cached, live, steps * parts[ALONE if twice[0].ahead else STUDENT] / 1e3, images)
+        )
+    return found
+
+
+def several(task: Task, rounds: int, steps: int, counts: Row, parts: Row) -> list[Row]:
+    """Several students of one teacher: ours on all cores of a CPU, or together on a GPU; timm trains them one after the other."""
+    case, processes = f"{WORDS[task.students]}_students", 1 if task.on_gpu else max(1, min(torch.get_num_threads(), task.students))
+    count = workers(lambda number: Official(task, task.students, number), max(2, steps // 2))
+    counts["official, several students"] = count
+    together = Ours(task, range(task.students)) if task.on_gpu else OursSideBySide(task, task.students, processes)
+    contenders = [Official(task, task.students, count), together, Timm(task, counts["timm"]), Ours(task, range(1))]
+    agree(contenders[:2], range(CHECKED), AGREE[task.device])
+    official, ours, *in_turn = interleaved(contenders, rounds, steps, CHECKED)
+    alone = steps * task.students * parts[STUDENT if task.on_gpu else ALONE] / processes / 1e3
+    peer, one = ([task.students * seconds for seconds in found] for found in in_turn)
+    beside = {"official": official, "timm": peer, "one_student": one}
+    return [row(case, name, ours, theirs, alone, task.batch * steps * task.students) for name, theirs in beside.items()]
+
+
+def used(task: Task, images_per_second: float) -> Row:
+    """How much of the device: of the operations that its own matrix product does, of its memory's bandwidth, of its memory."""
+    here = torch.device(task.device)
+    flops = forward_flops(task.classifier(task.teacher), task.channels, task.size)
+    flops += 3 * forward_flops(task.classifier(task.student), task.channels, task.size)
+    large, dtype = (8192, torch.bfloat16) if task.on_gpu else (512, torch.float32)
+    square, long = torch.rand(large, large, device=here, dtype=dtype), torch.rand(large * large, device=here)
+
+    def per_second(do: Callable[[], object], amount: float) -> float:
+        do()
+        wait(task)
+        started = time.perf_counter()
+        for _ in range(10):
+            do()
+        wait(task)
+        return 10 * amount / (time.perf_counter() - started)
+
+    matmul = per_second(lambda: square @ square, 2 * large**3)
+    copied = per_second(long.clone, 2 * 4 * large**2)
+    found = {"matmul_tflops": matmul / 1e12, "copy_gb_per_second": copied / 1e9, "mfu": images_per_second * flops / matmul}
+    if task.student == "resnet50":
+        found["share_of_roofline"] = images_per_second * RESNET50_BYTES / copied
+    if task.on_gpu:
+        found["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return {"used": found}
+
+
+def wait(task: Task) -> None:
+    if task.on_gpu:
+        torch.cuda.synchronize()
 
 
 def about() -> Row:
     return {
-        "hardware": f"{platform.machine()} {os.cpu_count()} cores",
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} {CORES} cores",
         "threads": torch.get_num_threads(),
         "versions": f"Python {platform.python_version()}, {version()}",
         "load before": round(os.getloadavg()[0], 2),
@@ -187,24 +265,25 @@ def about() -> Row:
 def markdown(found: Sequence[Row]) -> str:
     lines = ["# The engine beside its peers", "", "Written by `make bench`. No test asserts a time.", ""]
     for one in found:
-        lines += [
-            f"## {one['hardware']}",
-            "",
-            ", ".join(f"{key} {one[key]}" for key in ("threads", "versions", "load before", "commit", "date")),
-            "",
-        ]
-        lines += [*table(one["rows"]), "", "| part of a step of one student | ms |", "|---|--:|"]
-        lines += [f"| {name} | {value:.1f} |" for name, value in one["milliseconds_of_a_step"].items()]
-        counts = ", ".join(f"{name} {count}" for name, count in one["pil_workers"].items())
-        lines += ["", "At most: were all but the students' own steps free (Amdahl's law).", ""]
-        lines += [f"Worker processes of the PIL loaders, of {WORKERS} the fastest number: {counts}.", ""]
+        about_it = ", ".join(f"{key} {one[key]}" for key in ("threads", "versions", "load before", "commit", "date"))
+        lines += [f"## {one['hardware']}", "", about_it, "", *table(one["rows"]), ""]
+        lines += ["At most: were all but the students' own steps free (Amdahl's law).", ""]
+        for task in one["tasks"]:
+            lines += [f"| part of a step of {task['case']} | ms |", "|---|--:|"]
+            lines += [f"| {name} | {value:.1f} |" for name, value in task["milliseconds_of_a_step"].items()]
+            counts = ", ".join(f"{name} {count}" for name, count in task["pil_workers"].items())
+            lines += ["", f"Worker processes of the PIL loaders, the fastest number: {counts}."]
+            times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in task["seconds_of_the_first_steps"].items())
+            lines += [f"Seconds of the first {CHECKED} steps, with what is compiled in them: {times or 'not noted'}.", ""]
+            if "used" in task:
+                lines += ["Of the device: " + ", ".join(f"{name} {value:.3g}" for name, value in task["used"].items()) + ".", ""]
     return "\n".join(lines)
 
 
 def committed(folder: Path) -> list[Row]:
     """What was measured, on every hardware."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [one for one in found if "milliseconds_of_a_step" in one]
+    return [one for one in found if "tasks" in one]
 
 
 def for_readme(found: Sequence[Row]) -> str:
@@ -216,7 +295,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = ["| case | beside | times as fast: median (least to most) | at most | asked for | rounds |", "|---|---|--:|--:|--:|--:|"]
     for one in rows:
         found = f"{one['ratio_median']:.2f} ({one['ratio_min']:.2f} to {one['ratio_max']:.2f})"
-        lines.append(f"| {one['case']} | {one['baseline']} | {found} | {one['ceiling']:.2f} | {one['target']} | {one['rounds']} |")
+        lines.append(f"| {one['case']} | {one['baseline']} | {found} | {one['ceiling']:.2f} | {one['target'] or ''} | {one['rounds']} |")
     return lines
 
 
@@ -227,9 +306,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
-    task = Task(student="kd_resnet8_w8_s1", teacher="kd_resnet8_w8_s1", batch=32, images=400, students=2) if given.quick else Task()
+    small = Task(student="kd_resnet8_w8_s1", teacher="kd_resnet8_w8_s1", batch=32, images=400, students=2)
+    tasks = {"": small} if given.quick else GPU if torch.cuda.is_available() else {"": Task()}
     rounds, steps = (2, 6) if given.quick else (given.rounds, given.steps)
-    found = about() | measure(task, rounds, steps)
+    measured = [measure(task, rounds, steps, prefix) for prefix, task in tasks.items()]
+    found = about() | {"rows": [row for one in measured for row in one.pop("rows")], "tasks": measured}
     out = given.out or (HERE.parent / "build" / "benchmarks" if given.quick else HERE)
     (out / "results").mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "_", found["hardware"]).strip("_").lower()

@@ -25,7 +25,6 @@ from peers import Ours, Task
 from kdlib.config import Fractals, Launch
 from kdlib.data import prepare
 from kdlib.data.splits import load
-from kdlib.data.stream import ViewStream
 from kdlib.ranks import rank
 from kdlib.train.launch import together
 
@@ -39,9 +38,12 @@ class OnDisk(Task):
     folder: Path
 
     @cached_property
-    def stream(self) -> ViewStream:
-        split = load(self.folder).train
-        return ViewStream(split.images, split.labels, np.arange(self.images), classes=self.classes, recipe=self.recipe, hflip=0.5, seed=0)
+    def pixels(self) -> np.ndarray:
+        return load(self.folder).train.images
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return load(self.folder).train.labels
 
 
 def fractals(images: int, folder: Path, task: Task) -> OnDisk:

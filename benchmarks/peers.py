@@ -19,6 +19,7 @@ from timm.data.loader import fast_collate
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import LogitDistillationTask
+from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,11 +27,11 @@ from kdlib.config import ComputeParams, RandAugmentParams, Recipe
 from kdlib.data import augment
 from kdlib.data.stream import ViewStream
 from kdlib.losses.kd import KD
-from kdlib.models import build
+from kdlib.models import Classifier, build
 from kdlib.seed import generator, seed_torch
 from kdlib.train.ahead import in_time
 from kdlib.train.answers import Answers
-from kdlib.train.compute import Compute, choose
+from kdlib.train.compute import choose, teachers_compute
 from kdlib.train.fit import own
 from kdlib.train.learner import Learner
 from kdlib.train.teacher import Teacher
@@ -38,7 +39,6 @@ from kdlib.train.threads import threads
 from kdlib.types import Batch, Output, Part
 
 LOGITS = frozenset({Part.LOGITS})
-CPU = torch.device("cpu")
 AUTO = ComputeParams(precision="auto", compile="auto", resident="auto", ahead="auto")
 HALF = 0.5  # mean and standard deviation of our nets' normalisation
 
@@ -56,6 +56,12 @@ class Task:
     images: int = 6000
     students: int = 8
     steps: int = 100_000  # of the schedule: so long that the learning rate stays as it is
+    channels: int = 1
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -67,24 +73,37 @@ class Task:
         )  # fmt: skip
 
     @cached_property
-    def stream(self) -> ViewStream:
-        rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (self.images, self.size, self.size, 1), np.uint8)
-        labels = rng.integers(0, self.classes, self.images)
-        return ViewStream(images, labels, np.arange(self.images), classes=self.classes, recipe=self.recipe, hflip=0.5, seed=0)
+    def pixels(self) -> np.ndarray:
+        return np.random.default_rng(0).integers(0, 256, (self.images, self.size, self.size, self.channels), np.uint8)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return np.random.default_rng(1).integers(0, self.classes, self.images)
+
+    def stream(self, images: np.ndarray | Tensor, device: str = "cpu") -> ViewStream:
+        return ViewStream(
+            images, self.labels, np.arange(self.images), classes=self.classes, recipe=self.recipe, hflip=0.5, seed=0, device=device
+        )
 
     def net(self, number: int) -> nn.Module:
         """A student's timm model, the same in every implementation."""
         seed_torch(number, "init")
-        return build(self.student, self.classes, 1, self.size).net
+        return self.classifier(self.student).net.to(self.device)
 
     def taught_by(self) -> nn.Module:
         seed_torch(0, "teacher")
-        classifier = build(self.teacher, self.classes, 1, self.size)
+        classifier = self.classifier(self.teacher)
         with torch.no_grad():
             for _ in range(3):  # statistics of BatchNorm that are not the initial ones
-                classifier(torch.rand(64, 1, self.size, self.size))
-        return classifier.net.eval()
+                classifier(torch.rand(64, self.channels, self.size, self.size))
+        return classifier.net.eval().to(self.device)
+
+    def classifier(self, name: str) -> Classifier:
+        """Behind the normalisation that the official loop gives to teacher and student alike."""
+        made = build(name, self.classes, self.channels, self.size)
+        made.mean.fill_(HALF)
+        made.std.fill_(HALF)
+        return made
 
 
 class PilViews(Dataset[tuple[np.ndarray, int]]):
@@ -93,6 +112,7 @@ class PilViews(Dataset[tuple[np.ndarray, int]]):
     def __init__(self, task: Task, steps: range) -> None:
         self.task, self.steps = task, steps
         self.pad = round(task.recipe.crop_padding * task.size)
+        self.stream = task.stream(task.pixels)
 
     def __len__(self) -> int:
         return len(self.steps) * self.task.batch
@@ -101,27 +121,30 @@ class PilViews(Dataset[tuple[np.ndarray, int]]):
         step, row = divmod(place, self.task.batch)
         places, crops = self._draws(self.steps[step])
         index = places[row]
-        image = Image.fromarray(self.task.stream.images[index][..., 0])
+        pixels = self.task.pixels[index]
+        image = Image.fromarray(pixels[..., 0] if self.task.channels == 1 else pixels)
         down, right = crops.shifts[:, row] + self.pad
         view = ImageOps.expand(image, self.pad).crop((right, down, right + self.task.size, down + self.task.size))
         if crops.flips[row]:
             view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.array(view)[None], int(self.task.stream.labels[index])
+        planes = np.array(view).reshape(self.task.size, self.task.size, self.task.channels).transpose(2, 0, 1)
+        return np.ascontiguousarray(planes), int(self.task.labels[index])
 
     def _draws(self, step: int) -> tuple[np.ndarray, augment.Crops]:
         """Of one batch; drawn once for it in each worker."""
         if getattr(self, "_at", None) != step:
-            stream, task = self.task.stream, self.task
+            task = self.task
             crops = augment.draw(generator(0, "views", step), task.recipe, 0.5, (task.batch, task.size, task.size))
-            self._at, self._kept = step, (stream.places(step), crops)
+            self._at, self._kept = step, (self.stream.places(step), crops)
         return self._kept
 
 
 def pil_batches(task: Task, steps: range, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised batches from worker processes, as timm's PrefetchLoader makes them on a CPU."""
-    loader = DataLoader(PilViews(task, steps), task.batch, num_workers=workers, collate_fn=fast_collate)
+    """Normalised batches from worker processes, as timm's PrefetchLoader makes them: sent as bytes, normalised on the device."""
+    loader = DataLoader(PilViews(task, steps), task.batch, num_workers=workers, collate_fn=fast_collate, pin_memory=task.on_gpu)
     for images, labels in loader:
-        yield images.float().sub_(255 * HALF).div_(255 * HALF), labels
+        there = images.to(task.device, non_blocking=True)
+        yield there.float().sub_(255 * HALF).div_(255 * HALF), labels.to(task.device, non_blocking=True)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -129,7 +152,11 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
 
 
 class Official:
-    """The VanillaKD training loop: NCHW, eager, three numbers fetched for every student and step, one teacher pass for its students."""
+    """The VanillaKD training loop: NCHW, eager, three numbers fetched for every student and step, one teacher pass for its students.
+
+    On a GPU under fp16 autocast with a gradient scaler; it waits for the device after every student, and empties the memory cache
+    twice for each of several.
+    """
 
     name = "official"
 
@@ -138,6 +165,7 @@ class Official:
         self.students = [task.net(number).to(memory_format=torch.contiguous_format).train() for number in range(students)]
         self.teacher = task.taught_by().to(memory_format=torch.contiguous_format)
         self.optimizers = [create_optimizer_v2(net, opt="sgd", lr=0.01, weight_decay=5e-4) for net in self.students]
+        self.scalers = [torch.amp.GradScaler(task.device, enabled=task.on_gpu) for _ in self.students]
         self.hard = SoftTargetCrossEntropy()
 
     def batches(self, steps: range) -> Iterator[Any]:
@@ -146,23 +174,30 @@ class Official:
     def step(self, batch: tuple[Tensor, Tensor]) -> list[float]:
         images, labels = batch
         targets, losses = one_hot(labels, self.task.classes), []
-        with torch.no_grad():
+        half = torch.autocast(self.task.device, torch.float16 if self.task.on_gpu else torch.bfloat16, enabled=self.task.on_gpu)
+        with torch.no_grad(), half:
             taught = self.teacher(images)
-        for net, optimizer in zip(self.students, self.optimizers, strict=True):
-            logits = net(images)
-            hard = self.hard(logits, targets)
-            soft = F.kl_div(F.log_softmax(logits, dim=1), F.softmax(taught, dim=1), reduction="batchmean")
-            loss = hard + soft
+        for net, optimizer, scaler in zip(self.students, self.optimizers, self.scalers, strict=True):
+            with half:
+                logits = net(images)
+                hard = self.hard(logits, targets)
+                soft = F.kl_div(F.log_softmax(logits, dim=1), F.softmax(taught, dim=1), reduction="batchmean")
+                loss = hard + soft
             fetched = [hard.item(), soft.item(), loss.item()]
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if self.task.on_gpu:
+                torch.cuda.synchronize()
+                for _ in range(2 if len(self.students) > 1 else 0):
+                    torch.cuda.empty_cache()
             losses.append(fetched[2])
         return losses
 
 
 class Timm:
-    """timm's LogitDistillationTask at its best on a CPU: channels_last, eager (compiling loses there), nothing fetched."""
+    """timm's LogitDistillationTask at its best: channels_last, nothing fetched; on a GPU compiled, under bf16 autocast."""
 
     name = "timm"
 
@@ -171,9 +206,19 @@ class Timm:
         net = task.net(0).to(memory_format=torch.channels_last).train()
         teacher = task.taught_by().to(memory_format=torch.channels_last)
         self.learns = LogitDistillationTask(
-            net, teacher, nn.CrossEntropyLoss(), distill_loss_weight=1.0, task_loss_weight=1.0, verbose=False
+            net,
+            DistillationTeacher(teacher, device=torch.device(task.device)),
+            nn.CrossEntropyLoss(),
+            distill_loss_weight=1.0,
+            task_loss_weight=1.0,
+            device=torch.device(task.device),
+            verbose=False,
         )
+        self.learns.teacher.mean_kd.copy_(self.learns.student_mean)  # one normalisation, as in the official loop
+        self.learns.teacher.std_kd.copy_(self.learns.student_std)
         self.learns.train()
+        if task.on_gpu:
+            self.learns.compile()
         self.optimizer = create_optimizer_v2(net, opt="sgd", lr=0.01, weight_decay=5e-4)
 
     def batches(self, steps: range) -> Iterator[Any]:
@@ -181,7 +226,8 @@ class Timm:
 
     def step(self, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
         images, labels = batch
-        loss = self.learns(images.contiguous(memory_format=torch.channels_last), labels)["loss"]
+        with torch.autocast(self.task.device, torch.bfloat16, enabled=self.task.on_gpu):
+            loss = self.learns(images.contiguous(memory_format=torch.channels_last), labels)["loss"]
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -195,17 +241,21 @@ class Ours:
 
     def __init__(self, task: Task, students: range, folder: Path | None = None) -> None:
         self.task = task
-        seed_torch(0, "teacher")
-        classifier = build(task.teacher, task.classes, 1, task.size)
+        compute = choose(AUTO, torch.device(task.device), task.recipe, task.steps, task.pixels.nbytes)
+        self.stream = task.stream(torch.from_numpy(task.pixels).to(task.device) if compute.resident else task.pixels, task.device)
+        classifier = task.classifier(task.teacher)
         classifier.net.load_state_dict(task.taught_by().state_dict())
-        self.answers = Answers(Teacher(classifier), folder, task.batch // task.recipe.groups, task.images // task.batch, Compute(CPU))
-        self.ahead = choose(AUTO, CPU, task.recipe, task.steps, 0).ahead
+        teacher = Teacher(classifier.to(task.device))
+        answering = teachers_compute(compute, teacher, self.stream.batch(0).images)
+        self.answers = Answers(teacher, folder, task.batch // task.recipe.groups, task.images // task.batch, answering)
+        self.ahead = compute.ahead
         self.learners = []
         for number in students:
-            student = build(task.student, task.classes, 1, task.size)
+            student = task.classifier(task.student)
             student.net.load_state_dict(task.net(number).state_dict())
             kd = KD(hard_weight=1.0, weight=1.0, temperature=1.0)
-            self.learners.append(Learner(f"kd {number}", student, kd, task.recipe, total_steps=task.steps, seed=0))
+            learner = Learner(f"kd {number}", student.to(task.device), kd, task.recipe, total_steps=task.steps, seed=0, compute=compute)
+            self.learners.append(learner)
 
     def batches(self, steps: range) -> Iterator[Any]:
         """Of every step its groups: number, views, answers."""
@@ -213,7 +263,7 @@ class Ours:
         places = ((step, number) for step in steps for number in own(groups))
         made: list[Any] = []
         with threads(max(1, torch.get_num_threads() - self.ahead)):
-            for (step, number), (batch, said) in in_time(self._make, places, self.ahead, CPU):
+            for (step, number), (batch, said) in in_time(self._make, places, self.ahead, self.task.device):
                 made.append((step * groups + number, batch, said))
                 if number == own(groups)[-1]:
                     yield made
@@ -221,17 +271,18 @@ class Ours:
 
     def _make(self, place: tuple[int, int]) -> tuple[Batch, Output]:
         step, number = place
-        batch = self.task.stream.batch(step, number)
+        batch = self.stream.batch(step, number)
         return batch, self.answers(step * self.task.recipe.groups + number, batch.images, LOGITS)
 
-    def step(self, made: Any) -> list[float]:
-        before = [learner._sums.sum() if len(learner._sums) else torch.zeros(()) for learner in self.learners]
+    def step(self, made: Any) -> list[Tensor]:
+        """Losses stay where they are: nothing waits for the device."""
+        before = [learner._sums.sum() if len(learner._sums) else 0.0 for learner in self.learners]
         for group, batch, said in made:
             for learner in self.learners:
                 learner.take(group, batch, said)
         for learner in self.learners:
             learner.advance()
-        return [float(learner._sums.sum() - was) for learner, was in zip(self.learners, before, strict=True)]
+        return [learner._sums.sum() - was for learner, was in zip(self.learners, before, strict=True)]
 
 
 class OursSideBySide:
@@ -240,6 +291,7 @@ class OursSideBySide:
     name = "ours"
 
     def __init__(self, task: Task, students: int, processes: int) -> None:
+        self.task = task
         context = multiprocessing.get_context("spawn")
         share = -(-students // processes)
         self.pipes = []
@@ -271,7 +323,7 @@ def _serve(pipe: Any, task: Task, students: range) -> None:
         except EOFError:  # nobody wants more
             return
         found = [ours.step(batch) for batch in ours.batches(steps)]
-        pipe.send([list(losses) for losses in zip(*found, strict=True)])
+        pipe.send([[float(loss) for loss in losses] for losses in zip(*found, strict=True)])
 
 
 def version() -> str:

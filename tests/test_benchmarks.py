@@ -1,5 +1,6 @@
 """The benchmarks run and write what their pages say; none of their times is asserted."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -106,8 +107,9 @@ def test_the_engine_is_measured_beside_its_peers(engine: Path) -> None:
     assert [(row["case"], row["baseline"]) for row in content["rows"]] == [
         ("one_student", "official"),
         ("one_student", "timm"),
-        ("eight_students", "official"),
-        ("eight_students", "timm"),
+        ("two_students", "official"),
+        ("two_students", "timm"),
+        ("two_students", "one_student"),
         ("cached_rerun", "first_run"),
     ]
     for row in content["rows"]:
@@ -116,7 +118,9 @@ def test_the_engine_is_measured_beside_its_peers(engine: Path) -> None:
         assert row["ceiling"] > 0
     page = (engine / "engine.md").read_text()
     assert all(f"| {row['case']} | {row['baseline']} | {row['ratio_median']:.2f} (" in page for row in content["rows"])
-    assert all(f"| {part} |" in page for part in content["milliseconds_of_a_step"])
+    (task,) = content["tasks"]
+    assert all(f"| {part} |" in page for part in task["milliseconds_of_a_step"])
+    assert task["seconds_of_the_first_steps"].keys() == {"official", "timm", "ours"}
 
 
 def test_implementations_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +129,19 @@ def test_implementations_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyP
     task = peers.Task(student="kd_resnet8_w8_s1", teacher="kd_resnet8_w8_s1", batch=32, images=400, students=1)
     monkeypatch.setattr(peers.KD, "distill", lambda self, *given: {"kd": 2 * given[0].logits.sum()})  # noqa: ARG005
     with pytest.raises(SystemExit, match=r"found losses that differ by .*; nothing was timed"):
-        module.agree([peers.Official(task, 1, 0), peers.Ours(task, range(1))], range(3))
+        module.agree([peers.Official(task, 1, 0), peers.Ours(task, range(1))], range(3), 5e-3)
+
+
+def test_a_gpu_is_measured_with_its_own_nets_and_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a CPU can say: the tasks are the issue's, their nets compute the same in all three loops at a small size."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module, peers = importlib.import_module("engine"), importlib.import_module("peers")
+    assert {task.device for task in module.GPU.values()} == {"cuda"}
+    small = dataclasses.replace(module.GPU["small_nets_"], device="cpu", size=8, batch=8, images=64)
+    module.agree([peers.Official(small, 1, 0), peers.Timm(small, 0), peers.Ours(small, range(1))], range(2), 5e-3)
+    found = module.used(dataclasses.replace(small, student="resnet50", size=32), 10.0)["used"]
+    assert found.keys() == {"matmul_tflops", "copy_gb_per_second", "mfu", "share_of_roofline"}
+    assert all(value > 0 for value in found.values())
 
 
 def test_the_readme_and_the_page_say_what_the_results_say() -> None:
