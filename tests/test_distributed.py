@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
+from kdlib import config
+from kdlib.checks import check_launch
 from kdlib.config import Refused
 from kdlib.data.stream import ViewStream
 from kdlib.experiment import Diverged, Experiment
@@ -241,6 +243,12 @@ def test_what_cannot_be_started_is_refused(tmp_path: Path, change: dict[str, Any
     made["study"]["launch"] |= change
     with pytest.raises(Refused, match=message):
         Experiment(tiny.write(tmp_path, made))
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(Refused, match=r"study.launch.processes: found 2; allowed: at most the 1 GPUs of this machine; start fewer"):
+        check_launch(config.load(tiny.write(tmp_path, content())))
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:
