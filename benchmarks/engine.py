@@ -8,13 +8,8 @@ results/<hardware>.json and engine.md (of all such files) in FOLDER: by default 
 Run it on an idle machine.
 """
 
-import argparse
-import json
 import os
-import platform
-import re
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from peers import LOGITS, Official, Ours, OursSideBySide, Task, Timm, pil_batches, version
+from pages import HERE, Row, about, heading, parser, ratio, write, written
+from peers import LOGITS, Official, Ours, OursSideBySide, Task, Timm, pil_batches
 
 from kdlib.results import write_text
 from kdlib.tables import insert_between_markers
 from kdlib.train.run import forward_flops
 from kdlib.train.threads import threads
 
-HERE = Path(__file__).parent
 STUDENT = "student with its loss, backward pass and optimiser"
 ALONE = f"{STUDENT}, one thread"
 CHECKED = 20  # losses that must agree
@@ -65,7 +60,6 @@ GPU = {
         device="cuda",
     ),
 }
-Row = dict[str, Any]
 
 
 def seconds(contender: Any, steps: range) -> float:
@@ -119,18 +113,11 @@ def interleaved(contenders: Sequence[Any], rounds: int, steps: int, first: int) 
 
 def row(case: str, baseline: str, ours: Sequence[float], theirs: Sequence[float], alone: float, images: int) -> Row:
     """``alone``: seconds that the students' own steps take, which nothing can leave out; the ceiling follows (Amdahl's law)."""
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    found = {
-        "case": case,
-        "baseline": baseline,
-        "ratio_median": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-    }
-    found |= {"rounds": len(ratios), "target": TARGETS.get((case, baseline)), "ceiling": statistics.median(theirs) / alone}
+    beside = ratio(theirs, ours)
+    found: Row = {"case": case, "baseline": baseline, "ratio_median": beside.pop("ratio"), **beside}
+    found |= {"rounds": len(ours), "target": TARGETS.get((case, baseline)), "ceiling": statistics.median(theirs) / alone}
     found |= {"images_times_students_per_second": images / statistics.median(ours)}
-    said = f"x {found['ratio_median']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}); at most {found['ceiling']:.2f}"
-    print(f"{case} beside {baseline}: {said}", flush=True)
+    print(f"{case} beside {baseline}: x {_times(found)}; at most {found['ceiling']:.2f}", flush=True)
     return found
 
 
@@ -177,7 +164,7 @@ def split(task: Task, steps: int) -> Row:
 
 
 def measure(task: Task, rounds: int, steps: int, prefix: str = "") -> Row:
-    """All that there is a target for."""
+    """One student beside both peers, several beside them and beside one, and a rerun from the kept answers."""
     counts = {
         "official": workers(lambda count: Official(task, 1, count), steps),
         "timm": workers(lambda count: Timm(task, count), steps),
@@ -251,22 +238,10 @@ def wait(task: Task) -> None:
         torch.cuda.synchronize()
 
 
-def about() -> Row:
-    return {
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} {CORES} cores",
-        "threads": torch.get_num_threads(),
-        "versions": f"Python {platform.python_version()}, {version()}",
-        "load before": round(os.getloadavg()[0], 2),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True).strip(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
 def markdown(found: Sequence[Row]) -> str:
     lines = ["# The engine beside its peers", "", "Written by `make bench`. No test asserts a time.", ""]
     for one in found:
-        about_it = ", ".join(f"{key} {one[key]}" for key in ("threads", "versions", "load before", "commit", "date"))
-        lines += [f"## {one['hardware']}", "", about_it, "", *table(one["rows"]), ""]
+        lines += [*heading(one), *table(one["rows"]), ""]
         lines += ["At most: were all but the students' own steps free (Amdahl's law).", ""]
         for task in one["tasks"]:
             lines += [f"| part of a step of {task['case']} | ms |", "|---|--:|"]
@@ -281,9 +256,8 @@ def markdown(found: Sequence[Row]) -> str:
 
 
 def committed(folder: Path) -> list[Row]:
-    """What was measured, on every hardware."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [one for one in found if "tasks" in one]
+    """What was measured, on every hardware; the other benchmarks' results lie beside these."""
+    return [one for one in written(folder, "") if "tasks" in one]
 
 
 def for_readme(found: Sequence[Row]) -> str:
@@ -293,29 +267,29 @@ def for_readme(found: Sequence[Row]) -> str:
 def table(rows: Sequence[Row]) -> list[str]:
     """As README shows it too."""
     lines = ["| case | beside | times as fast: median (least to most) | at most | asked for | rounds |", "|---|---|--:|--:|--:|--:|"]
-    for one in rows:
-        found = f"{one['ratio_median']:.2f} ({one['ratio_min']:.2f} to {one['ratio_max']:.2f})"
-        lines.append(f"| {one['case']} | {one['baseline']} | {found} | {one['ceiling']:.2f} | {one['target'] or ''} | {one['rounds']} |")
-    return lines
+    cells = ((one["case"], one["baseline"], _times(one), f"{one['ceiling']:.2f}", one["target"] or "", one["rounds"]) for one in rows)
+    return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in cells)]
+
+
+def _times(one: Row) -> str:
+    return f"{one['ratio_median']:.2f} ({one['ratio_min']:.2f} to {one['ratio_max']:.2f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args(arguments)
+    options = parser(str(__doc__))
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--steps", type=int, default=40)
+    given = options.parse_args(arguments)
     small = Task(student="kd_resnet8_w8_s1", teacher="kd_resnet8_w8_s1", batch=32, images=400, students=2)
     tasks = {"": small} if given.quick else GPU if torch.cuda.is_available() else {"": Task()}
     rounds, steps = (2, 6) if given.quick else (given.rounds, given.steps)
     measured = [measure(task, rounds, steps, prefix) for prefix, task in tasks.items()]
-    found = about() | {"rows": [row for one in measured for row in one.pop("rows")], "tasks": measured}
-    out = given.out or (HERE.parent / "build" / "benchmarks" if given.quick else HERE)
-    (out / "results").mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "_", found["hardware"]).strip("_").lower()
-    (out / "results" / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
-    every = committed(out / "results")
+    found = about(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {
+        "rows": [row for one in measured for row in one.pop("rows")],
+        "tasks": measured,
+    }
+    out = write(found, given, "")
+    every = committed(out)
     (out / "engine.md").write_text(markdown(every))
     if out == HERE:
         readme = HERE.parent / "README.md"

@@ -6,20 +6,17 @@ Writes results/growth_<hardware>.json and growth.md (of all such files) in FOLDE
 build/benchmarks. Run it on an idle machine.
 """
 
-import argparse
-import json
-import re
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from engine import HERE, about
+from pages import Row, about, heading, parser, ratio, write_with_page
 from peers import Ours, Task
 
 from kdlib.config import Fractals, Launch
@@ -29,13 +26,13 @@ from kdlib.ranks import rank
 from kdlib.train.launch import together
 
 ROUNDS = 5
-Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
 class OnDisk(Task):
     """Fractals in a folder, memory-mapped."""
 
-    folder: Path
+    folder: Path = Path()
 
     @cached_property
     def pixels(self) -> np.ndarray:
@@ -53,9 +50,7 @@ def fractals(images: int, folder: Path, task: Task) -> OnDisk:
         points=100, seed=0, hflip=0.5,
     )  # fmt: skip
     prepare(str(images), params, folder / str(images))
-    made = OnDisk(**{**task.__dict__, "images": per_class * task.classes})
-    object.__setattr__(made, "folder", folder / str(images))
-    return made
+    return OnDisk(**{**asdict(task), "images": per_class * task.classes, "folder": folder / str(images)})
 
 
 def steps(ours: Ours, numbers: range) -> float:
@@ -65,28 +60,25 @@ def steps(ours: Ours, numbers: range) -> float:
     return (time.perf_counter() - started) / len(numbers)
 
 
-def in_turn(cases: dict[str, Ours], count: int, far: Callable[[str], int]) -> Iterator[tuple[str, list[float]]]:
+def in_turn(cases: dict[str, Ours], count: int, far: Callable[[str], int]) -> dict[str, list[float]]:
     """Seconds a step of each, over the rounds; ``far``: from which step each starts, so that all parts of its images are visited."""
     found: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(ROUNDS + 1):
         for name, ours in cases.items():
             first = number * far(name)
-            seconds = steps(ours, range(first, first + count))
-            if number:
-                found[name].append(seconds)
-    yield from found.items()
+            found[name].append(steps(ours, range(first, first + count)))
+    return {name: seconds[1:] for name, seconds in found.items()}
 
 
 def rows(what: str, cases: dict[str, Ours], count: int, far: Callable[[str], int] = lambda _: 100) -> list[Row]:
     """Beside the first case, in the same round."""
-    base: list[float] = []
-    found = []
-    for name, seconds in in_turn(cases, count, far):
-        base = base or seconds
-        ratios = sorted(one / other for one, other in zip(seconds, base, strict=True))
-        found.append({"what": what, "case": name, "ms": 1e3 * sorted(seconds)[len(seconds) // 2]})
-        found[-1] |= {"ratio_median": ratios[len(ratios) // 2], "ratio_min": ratios[0], "ratio_max": ratios[-1]}
-        print(f"{what} {name}: {found[-1]['ms']:.1f} ms a step, x {found[-1]['ratio_median']:.2f}", flush=True)
+    times, found = in_turn(cases, count, far), []
+    base = times[next(iter(cases))]
+    for name, seconds in times.items():
+        beside = ratio(seconds, base)
+        row = {"what": what, "case": name, "ms": 1e3 * statistics.median(seconds), "ratio_median": beside.pop("ratio"), **beside}
+        print(f"{what} {name}: {row['ms']:.1f} ms a step, x {row['ratio_median']:.2f}", flush=True)
+        found.append(row)
     return found
 
 
@@ -143,12 +135,7 @@ def markdown(found: Sequence[Row]) -> str:
     lines = ["# How time and memory grow", "", "Written by `python benchmarks/growth.py`. No test asserts a time.", ""]
     lines += ["Memory: of the process itself, without mapped images; what grows is the order in which they come, some 30 bytes each.", ""]
     for one in found:
-        lines += [
-            f"## {one['hardware']}",
-            "",
-            ", ".join(f"{key} {one[key]}" for key in ("threads", "versions", "load before", "commit", "date")),
-            "",
-        ]
+        lines += heading(one)
         lines += ["| with | | ms a step | beside the first: median (least to most) | memory of its own, MB |", "|---|--:|--:|--:|--:|"]
         for row in one["rows"]:
             spread = f" ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})" if row["ratio_min"] else ""
@@ -159,25 +146,17 @@ def markdown(found: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args(arguments)
+    given = parser(str(__doc__)).parse_args(arguments)
     task = Task(student="kd_resnet8_w8_s1", teacher="kd_resnet8_w8_s1", batch=32, images=400) if given.quick else Task()
     images, classes, students = ([600, 6000], [10, 100], [1, 2]) if given.quick else (
         [1_000, 10_000, 100_000, 1_000_000], [10, 100, 1_000, 21_000], [1, 2, 4, 8],
     )  # fmt: skip
     count = 4 if given.quick else 30
-    found = about() | {"rows": by_images(task, images, count)}
+    found = about(torch.device("cpu")) | {"rows": by_images(task, images, count)}
     found["rows"] += rows("students", {str(number): Ours(task, range(number)) for number in students}, count)
     found["rows"] += rows("classes", {f"{number:,}": Ours(replace(task, classes=number), range(1)) for number in classes}, count)
     found["rows"] += by_processes(task, count)
-    out = given.out or (HERE.parent / "build" / "benchmarks" if given.quick else HERE)
-    (out / "results").mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "_", found["hardware"]).strip("_").lower()
-    (out / "results" / f"growth_{name}.json").write_text(json.dumps(found, indent=2) + "\n")
-    every = [json.loads(path.read_text()) for path in sorted((out / "results").glob("growth_*.json"))]
-    (out / "growth.md").write_text(markdown(every))
+    write_with_page(found, given, "growth", markdown)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """The losses of all methods on the same answers, timed in turn."""
 
-import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -118,9 +117,3 @@ def _only(output: Output, asks: Asks) -> Output:
 def _tensors(output: Output) -> list[Tensor]:
     parts = (output.logits, output.embedding, *(output.maps or ()), *(output.preactivations or ()))
     return [tensor for tensor in parts if tensor is not None]
-
-
-def ratio(found: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """Of times taken in the same rounds: median, least and most."""
-    each = [a / b for a, b in zip(found, others, strict=True)]
-    return {"ratio": statistics.median(each), "ratio_min": min(each), "ratio_max": max(each)}

@@ -6,21 +6,13 @@ Writes results/methods_<hardware>.json and methods.md (of all such files) in FOL
 (small shapes, seconds) in build/benchmarks. Run it on an idle machine: with other work on the cores every figure is another machine's.
 """
 
-import argparse
-import json
-import os
-import platform
-import re
 import statistics
-import subprocess
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from losses_in_turn import Bench, Shapes, ratio
+from losses_in_turn import Bench, Shapes
+from pages import HERE, Row, about, heading, parser, ratio, write_with_page
 
 from kdlib import config
 from kdlib.losses import METHODS
@@ -28,9 +20,7 @@ from kdlib.models import build
 from kdlib.train.memory import peak_bytes
 from kdlib.types import Asks, OutputShape, Part
 
-HERE = Path(__file__).parent
 MAPS = {Part.MAPS, Part.PREACTIVATIONS}
-Row = dict[str, Any]
 
 
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
@@ -121,18 +111,6 @@ def claim(text: str, measured: str, holds: bool) -> Row:
     return {"claim": text, "measured": measured, "holds": holds}
 
 
-def about(device: torch.device) -> Row:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {os.cpu_count()} cores"
-    return {
-        "hardware": name,
-        "threads": torch.get_num_threads(),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "load before": round(os.getloadavg()[0], 2),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True).strip(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
 def markdown(found: Sequence[Row]) -> str:
     lines = ["# What a method's loss costs", "", "Written by `python benchmarks/methods.py`. No test asserts a time.", ""]
     lines += [
@@ -143,9 +121,7 @@ def markdown(found: Sequence[Row]) -> str:
         "",
     ]
     for one in found:
-        place = ", ".join(f"{key} {one[key]}" for key in ("threads", "versions", "load before", "commit", "date"))
-        lines += [f"## {one['hardware']}", "", place, ""]
-        lines += ["| claim | measured | holds |", "|---|---|---|"]
+        lines += [*heading(one), "| claim | measured | holds |", "|---|---|---|"]
         lines += [f"| {row['claim']} | {row['measured']} | {'yes' if row['holds'] else '**no**'} |" for row in one["claims"]]
         lines += [
             "",
@@ -183,24 +159,17 @@ def _maps(one: Row) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--map-batch", type=int, help="of the methods that read stage maps")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args(arguments)
+    options = parser(str(__doc__))
+    options.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    options.add_argument("--map-batch", type=int, help="of the methods that read stage maps")
+    given = options.parse_args(arguments)
     shapes = QUICK if given.quick else FULL
     shapes = replace(shapes, map_batch=given.map_batch or shapes.map_batch)
     found = about(given.device)
     bench = Bench(shapes, given.device, config.load(HERE.parent))
     rows, student = table(bench), student_seconds(bench)
     found |= {"shapes": asdict(shapes), "student_seconds": student, "claims": claims(bench, rows, student), "rows": rows}
-    out = given.out or (HERE.parent / "build" / "benchmarks" if given.quick else HERE)
-    (out / "results").mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "_", found["hardware"]).strip("_").lower()
-    (out / "results" / f"methods_{name}.json").write_text(json.dumps(found, indent=2) + "\n")
-    every = [json.loads(path.read_text()) for path in sorted((out / "results").glob("methods_*.json"))]
-    (out / "methods.md").write_text(markdown(every))
+    write_with_page(found, given, "methods", markdown)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -85,18 +84,18 @@ class Task:
             images, self.labels, np.arange(self.images), classes=self.classes, recipe=self.recipe, hflip=0.5, seed=0, device=device
         )
 
-    def net(self, number: int) -> nn.Module:
-        """A student's timm model, the same in every implementation."""
+    def learns(self, number: int) -> Classifier:
+        """A student, the same in every implementation."""
         seed_torch(number, "init")
-        return self.classifier(self.student).net.to(self.device)
+        return self.classifier(self.student).to(self.device)
 
-    def taught_by(self) -> nn.Module:
+    def teaches(self) -> Classifier:
         seed_torch(0, "teacher")
         classifier = self.classifier(self.teacher)
         with torch.no_grad():
             for _ in range(3):  # statistics of BatchNorm that are not the initial ones
                 classifier(torch.rand(64, self.channels, self.size, self.size))
-        return classifier.net.eval().to(self.device)
+        return classifier.eval().to(self.device)
 
     def classifier(self, name: str) -> Classifier:
         """Behind the normalisation that the official loop gives to teacher and student alike."""
@@ -162,8 +161,8 @@ class Official:
 
     def __init__(self, task: Task, students: int, workers: int) -> None:
         self.task, self.workers = task, workers
-        self.students = [task.net(number).to(memory_format=torch.contiguous_format).train() for number in range(students)]
-        self.teacher = task.taught_by().to(memory_format=torch.contiguous_format)
+        self.students = [task.learns(number).net.to(memory_format=torch.contiguous_format).train() for number in range(students)]
+        self.teacher = task.teaches().net.to(memory_format=torch.contiguous_format)
         self.optimizers = [create_optimizer_v2(net, opt="sgd", lr=0.01, weight_decay=5e-4) for net in self.students]
         self.scalers = [torch.amp.GradScaler(task.device, enabled=task.on_gpu) for _ in self.students]
         self.hard = SoftTargetCrossEntropy()
@@ -203,8 +202,8 @@ class Timm:
 
     def __init__(self, task: Task, workers: int) -> None:
         self.task, self.workers = task, workers
-        net = task.net(0).to(memory_format=torch.channels_last).train()
-        teacher = task.taught_by().to(memory_format=torch.channels_last)
+        net = task.learns(0).net.to(memory_format=torch.channels_last).train()
+        teacher = task.teaches().net.to(memory_format=torch.channels_last)
         self.learns = LogitDistillationTask(
             net,
             DistillationTeacher(teacher, device=torch.device(task.device)),
@@ -243,18 +242,14 @@ class Ours:
         self.task = task
         compute = choose(AUTO, torch.device(task.device), task.recipe, task.steps, task.pixels.nbytes)
         self.stream = task.stream(torch.from_numpy(task.pixels).to(task.device) if compute.resident else task.pixels, task.device)
-        classifier = task.classifier(task.teacher)
-        classifier.net.load_state_dict(task.taught_by().state_dict())
-        teacher = Teacher(classifier.to(task.device))
+        teacher = Teacher(task.teaches())
         answering = teachers_compute(compute, teacher, self.stream.batch(0).images)
         self.answers = Answers(teacher, folder, task.batch // task.recipe.groups, task.images // task.batch, answering)
         self.ahead = compute.ahead
         self.learners = []
         for number in students:
-            student = task.classifier(task.student)
-            student.net.load_state_dict(task.net(number).state_dict())
             kd = KD(hard_weight=1.0, weight=1.0, temperature=1.0)
-            learner = Learner(f"kd {number}", student.to(task.device), kd, task.recipe, total_steps=task.steps, seed=0, compute=compute)
+            learner = Learner(f"kd {number}", task.learns(number), kd, task.recipe, total_steps=task.steps, seed=0, compute=compute)
             self.learners.append(learner)
 
     def batches(self, steps: range) -> Iterator[Any]:
@@ -324,7 +319,3 @@ def _serve(pipe: Any, task: Task, students: range) -> None:
             return
         found = [ours.step(batch) for batch in ours.batches(steps)]
         pipe.send([[float(loss) for loss in losses] for losses in zip(*found, strict=True)])
-
-
-def version() -> str:
-    return f"torch {torch.__version__}, timm {timm.__version__}"

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,23 @@ ROOT = Path(__file__).parents[1]
 CLAIMS = ("RKD, all its angles", "CRD's step", "CRD's index tables", "the loss alone", "with the step of a")
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what ``methods.py --quick`` writes."""
-    folder = tmp_path_factory.mktemp("benchmarks")
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        importlib.import_module("methods").main(["--quick", "--out", str(folder)])
+        yield
+
+
+def ran(name: str, factory: pytest.TempPathFactory) -> Path:
+    """A folder with what this benchmark writes with --quick."""
+    folder = factory.mktemp(name)
+    importlib.import_module(name).main(["--quick", "--out", str(folder)])
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ran("methods", tmp_path_factory)
 
 
 def found(folder: Path) -> dict[str, Any]:
@@ -75,15 +85,11 @@ def test_the_committed_page_is_of_the_committed_results() -> None:
     page = ROOT / "benchmarks" / "methods.md"
     assert page.is_file() == bool(results)
     if results:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.syspath_prepend(str(ROOT / "benchmarks"))
-            assert page.read_text() == importlib.import_module("methods").markdown([json.loads(path.read_text()) for path in results])
+        assert page.read_text() == importlib.import_module("methods").markdown([json.loads(path.read_text()) for path in results])
 
 
 def test_the_page_of_the_studies_is_of_the_committed_results() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        module = importlib.import_module("studies")
+    module = importlib.import_module("studies")
     found = json.loads((ROOT / "benchmarks" / "results" / "studies.json").read_text())
     assert (ROOT / "benchmarks" / "studies.md").read_text() == module.markdown(found)
 
@@ -93,12 +99,8 @@ def test_the_page_of_the_studies_is_of_the_committed_results() -> None:
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what ``engine.py --quick`` writes: it ends with an error unless all implementations compute the same."""
-    folder = tmp_path_factory.mktemp("engine")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        importlib.import_module("engine").main(["--quick", "--out", str(folder)])
-    return folder
+    """It ends with an error unless all implementations compute the same."""
+    return ran("engine", tmp_path_factory)
 
 
 def test_the_engine_is_measured_beside_its_peers(engine: Path) -> None:
@@ -124,7 +126,6 @@ def test_the_engine_is_measured_beside_its_peers(engine: Path) -> None:
 
 
 def test_implementations_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module, peers = importlib.import_module("engine"), importlib.import_module("peers")
     task = peers.Task(student="kd_resnet8_w8_s1", teacher="kd_resnet8_w8_s1", batch=32, images=400, students=1)
     monkeypatch.setattr(peers.KD, "distill", lambda self, *given: {"kd": 2 * given[0].logits.sum()})  # noqa: ARG005
@@ -132,9 +133,8 @@ def test_implementations_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyP
         module.agree([peers.Official(task, 1, 0), peers.Ours(task, range(1))], range(3), 5e-3)
 
 
-def test_a_gpu_is_measured_with_its_own_nets_and_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_measured_with_its_own_nets_and_targets() -> None:
     """As far as a CPU can say: the tasks are the issue's, their nets compute the same in all three loops at a small size."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module, peers = importlib.import_module("engine"), importlib.import_module("peers")
     assert {task.device for task in module.GPU.values()} == {"cuda"}
     small = dataclasses.replace(module.GPU["small_nets_"], device="cpu", size=8, batch=8, images=64)
@@ -145,20 +145,16 @@ def test_a_gpu_is_measured_with_its_own_nets_and_targets(monkeypatch: pytest.Mon
 
 
 def test_the_readme_and_the_page_say_what_the_results_say() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        module = importlib.import_module("engine")
-    every = module.committed(ROOT / "benchmarks" / "results")
+    module = importlib.import_module("engine")
+    every = module.committed(ROOT / "benchmarks")
     readme, page = (ROOT / "README.md").read_text(), ROOT / "benchmarks" / "engine.md"
     assert readme.split("<!-- engine:begin -->")[1].split("<!-- engine:end -->")[0].strip() == module.for_readme(every).strip()
     if every:
         assert page.read_text() == module.markdown(every)
 
 
-def test_growth_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    importlib.import_module("growth").main(["--quick", "--out", str(tmp_path)])
-    (path,) = (tmp_path / "results").glob("growth_*.json")
+def test_growth_is_measured(tmp_path_factory: pytest.TempPathFactory) -> None:
+    (path,) = (ran("growth", tmp_path_factory) / "results").glob("growth_*.json")
     rows = json.loads(path.read_text())["rows"]
     assert [(row["what"], row["case"]) for row in rows] == [
         *(("images", count) for count in ("600", "6,000")),
