@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from collections.abc import Mapping
 from functools import cache
 
@@ -50,6 +51,8 @@ def check_launch(study: Study) -> None:
     if (launch.nodes > 1) != (launch.rendezvous is not None):
         allowed = "host:port where there are several nodes, null where there is one"
         raise refuse("study.launch.rendezvous", launch.rendezvous, allowed, "change it, or study.launch.nodes")
+    if launch.rendezvous is not None and not re.fullmatch(r".+:\d{1,5}", launch.rendezvous):
+        raise refuse("study.launch.rendezvous", launch.rendezvous, "host:port of the first machine", "write it as gpu1:29500")
     processes = launch.processes * launch.nodes
     used = {item.recipe for item in study.teachers.values()} | {item.recipe for item in study.comparisons.values()}
     for name in sorted(used):

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 from kdlib.losses import METHODS
@@ -30,8 +31,10 @@ def of_run(setting: Setting, teacher: str | None, variant: Variant) -> str:
 
 
 def of_answers(setting: Setting, teacher: str) -> str:
-    """Of what a teacher says of the views, to the bit: on one kind of machine, version of torch and number of threads."""
-    exact = (torch.__version__, torch.get_num_threads())
+    """Of what a teacher says of the views, to the bit: on one kind of device, versions of torch and timm, and number of threads."""
+    on_gpu = setting.device.type == "cuda"
+    device = torch.cuda.get_device_name(setting.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    exact = (torch.__version__, timm.__version__, torch.get_num_threads(), device)
     code = code_fingerprint(["kdlib.data.stream", "kdlib.train.answers"], UNCOUNTED)
     return fingerprint(_views(setting) | {"teacher": teacher, "recipe": setting.recipe.views()}, exact, code)
 

@@ -167,8 +167,8 @@ class Launch(Part):
     """Processes that train one run together, by distributed data parallelism; each takes whole mix groups."""
 
     processes: Count  # on each machine: one for each GPU
-    nodes: Count  # machines, which run the same command and share the folder of the study
-    rendezvous: str | None  # host:port of one of them, where there are several
+    nodes: Count  # machines that share the folder of the study, at the same path: the first runs it, `python -m kdlib.study join` the others
+    rendezvous: str | None  # host:port of the first, where there are several
 
 
 class ComputeParams(Part):

@@ -38,7 +38,7 @@ def global_draws(*keys: int | str) -> Iterator[None]:
         entropy = _entropy(*keys)
         random.seed(entropy)
         np.random.seed(entropy % 2**32)  # noqa: NPY002
-        torch.manual_seed(entropy % 2**63)
+        seed_torch(*keys)
         try:
             yield
         finally:

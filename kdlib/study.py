@@ -1,6 +1,7 @@
 """A study as one command: check, reproduce, show, and say what of the committed verdicts this machine reproduced.
 
 python -m kdlib.study run [NAME]       what `make study` does; NAME: a folder of studies/; without it the study that one stands in
+python -m kdlib.study join [NAME]      on every machine but the first of study.launch: train with it until interrupted
 python -m kdlib.study check [NAME]     params.yaml alone, in seconds
 python -m kdlib.study readme [NAME]    the headline between README's markers
 python -m kdlib.study gc               what store and cache hold; with --free, delete what no study of the project uses at present
@@ -60,6 +61,14 @@ def run(root: Path) -> None:
             if done.returncode:
                 raise Refused("the study stopped, for the reason above; what is finished is kept, and the same command goes on from there")
         print(_report(root, committed))
+
+
+def join(root: Path) -> None:
+    """Train what the first machine trains, where study.launch names several: in the same folder, but for locks and files of DVC."""
+    from kdlib.train import launch  # noqa: PLC0415 (see ``check``)
+
+    check(root)
+    launch.join(config.load(root).study.launch)
 
 
 @contextmanager
@@ -169,7 +178,7 @@ def _used(root: Path) -> set[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "check", "readme"):
+    for name in ("run", "join", "check", "readme"):
         commands.add_parser(name).add_argument("study", nargs="?")
     commands.add_parser("gc").add_argument("--free", action="store_true")
     given = parser.parse_args()
@@ -177,7 +186,7 @@ def main() -> None:
         if given.command == "gc":
             gc(config.find_root(), given.free)
         else:
-            {"run": run, "check": check, "readme": readme}[given.command](find(given.study))
+            {"run": run, "join": join, "check": check, "readme": readme}[given.command](find(given.study))
     except Refused as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -1,9 +1,14 @@
 """Two processes that train together are one with the same mix groups: losses, weights, statistics, evaluation, and where they stop."""
 
 import dataclasses
+import errno
+import os
 import re
+import socket
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,16 +24,17 @@ from torch.testing import assert_close
 
 from kdlib import config
 from kdlib.checks import check_launch
-from kdlib.config import Refused
+from kdlib.config import Launch, Refused
 from kdlib.data.stream import ViewStream
 from kdlib.experiment import Diverged, Experiment
 from kdlib.models import build
-from kdlib.ranks import anyone, as_the_first, everyones, mean_over_ranks, rank
+from kdlib.ranks import anyone, as_the_first, everyones, mean_over_ranks, rank, wait_for_all
 from kdlib.results import read_json
 from kdlib.seed import seed_torch
 from kdlib.train.answers import Answers
 from kdlib.train.compute import Compute
 from kdlib.train.fit import Fit
+from kdlib.train.launch import RankFailed, together
 from kdlib.train.learner import Learner
 from kdlib.train.measure import predict
 from kdlib.types import Batch
@@ -214,6 +220,59 @@ def test_a_process_that_dies_is_named_and_the_others_end(tmp_path: Path) -> None
     assert not left
 
 
+def fill_the_disk() -> None:
+    if rank() == 0:
+        raise OSError(errno.ENOSPC, "No space left on device", "checkpoint.pt")
+    wait_for_all()
+
+
+def fail_in_the_second() -> None:
+    if rank() == 1:
+        raise ValueError("no such thing")
+    wait_for_all()
+
+
+@pytest.mark.parametrize(
+    ("work", "error", "message"),
+    [
+        (fill_the_disk, Refused, r"^disk: found no room left at checkpoint.pt; allowed: [^\n]*$"),
+        (fail_in_the_second, RankFailed, r"^process 1 of 2 that trained together ended with exit code 1: ValueError: no such thing\. [^\n]*$"),
+    ],
+)
+def test_an_error_of_one_process_is_said_in_one_line(work: Callable[[], None], error: type[Exception], message: str) -> None:
+    """Though the other one fails too, since it misses the first."""
+    with pytest.raises(error, match=message):
+        together(Launch(processes=2, nodes=1, rendezvous=None), work, Diverged)
+
+
+def test_a_study_on_two_machines(tmp_path: Path, alone: Path) -> None:
+    """Two launchers with one process each: the second does all that the first one begins, the study stopped and begun again included."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        rendezvous = f"localhost:{probe.getsockname()[1]}"
+    made = content(checkpoint_seconds=0)
+    made["study"]["launch"] = {"processes": 1, "nodes": 2, "rendezvous": rendezvous}
+    root = training.fresh(tmp_path / "project", made)
+    command = [sys.executable, "-m", "kdlib.study", "join"]
+    with (tmp_path / "other").open("wb") as said:
+        other = subprocess.Popen(command, cwd=root, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        with training.running(root, tmp_path / "log") as first:
+            wait_for_step(3, root, first)
+            first.terminate()
+            assert first.wait(30) != 0
+        assert "Stopped" in (tmp_path / "log").read_text().splitlines()[-1]
+        with training.running(root, tmp_path / "log") as first:
+            assert first.wait(90) == 0
+        close(root, alone)
+        assert other.poll() is None
+        other.terminate()
+        assert other.wait(10) == 0
+    finally:
+        other.kill()
+    assert "stopped after step" in (tmp_path / "other").read_text()
+
+
 def wait_for_step(step: int, root: Path, study: subprocess.Popen[bytes]) -> None:
     while not list(training.store(root).rglob(f"checkpoint-*{step:02}.pt")):
         assert study.poll() is None
@@ -235,6 +294,7 @@ def test_divergence_that_is_refused_comes_through(tmp_path: Path) -> None:
     [
         ({"processes": 3}, r"study.launch.processes: found 3; allowed: at most the 2 cores of this machine; start fewer"),
         ({"nodes": 2}, r"study.launch.rendezvous: found nothing; allowed: host:port where there are several nodes"),
+        ({"nodes": 2, "rendezvous": "host"}, r"study.launch.rendezvous: found 'host'; allowed: host:port of the first machine"),
         ({"rendezvous": "host:29500"}, r"study.launch.rendezvous: found 'host:29500'; allowed: .* null where there is one"),
     ],
 )

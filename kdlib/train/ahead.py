@@ -30,7 +30,7 @@ def in_time(
             return make(place), aside.record_event()
 
     # OpenMP counts threads for each thread that asks: this one's number is not changed
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with ThreadPoolExecutor(1, initializer=_begin, initargs=(threads, streams, streams.current_device())) as pool:
         waiting = None
         for place in places:
             following = place, pool.submit(make_aside, place, streams.current_stream().record_event())
@@ -39,6 +39,11 @@ def in_time(
             waiting = following
         if waiting:
             yield _made(streams, *waiting)
+
+
+def _begin(threads: int, streams: Any, number: int | str) -> None:
+    torch.set_num_threads(threads)
+    streams.set_device(number)  # a new thread would work on the first one
 
 
 def _made(streams: Any, place: Place, found: Future[tuple[Made, Any]]) -> tuple[Place, Made]:

@@ -57,16 +57,21 @@ class Answers:
     def __call__(self, group: int, images: Images, asks: Asks) -> Output:
         """The answers to the views of the stream's ``group``, counted from 0 over all steps."""
         found = self._read(group, {Part.LOGITS, *asks} & set(KEPT)) if self.folder else None
-        if found and asks <= set(KEPT) and not self._is_sample(group):
+        is_sample = bool(found) and self._is_sample(group)
+        if found and asks <= set(KEPT) and not is_sample:
             return _to_output({part: sent(values, images.device) for part, values in found.items()})
         self.passes += 1
-        with self.compute.autocast():
-            output = rounded(self.teacher(images, asks))
-        if found:
+        output = self.of_teacher(images, asks)
+        if found and is_sample:
             self._compare(group, found, output)
-        elif self.folder:
+        elif self.folder and not found:
             self._write(group, output)
         return output
+
+    def of_teacher(self, images: Images, asks: Asks) -> Output:
+        """As it is said and kept; no file is looked at."""
+        with self.compute.autocast():
+            return rounded(self.teacher(images, asks))
 
     def bytes(self, groups: int, asks: Asks) -> int:
         """What answers to so many groups take on the disk."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kdlib.config import Refused
+from kdlib.ranks import rank, say
 from kdlib.results import write_bytes
 
 FORMAT = 1  # the next number when an earlier kdlib would go on wrongly from what this one writes
@@ -26,17 +27,22 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def newest(folder: Path) -> dict[str, Any] | None:
-    """The newest state whose digest is right; a truncated or damaged file is named and deleted, as is what a killed process half wrote.
+    """The newest state whose digest is right, on the CPU; a truncated or damaged file is named, and deleted by the first of the processes
+    that train together, as is what a killed process half wrote.
 
     Raises ``Refused`` for one that is whole but of a newer kdlib, or of another run than the folder is named after: nothing is deleted.
     """
-    for stale in folder.glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
+    if rank() == 0:
+        for stale in folder.glob(".*.tmp"):
+            stale.unlink(missing_ok=True)
     for path in sorted(folder.glob(_PATTERN), reverse=True):
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # damaged, and the first process was here before
+            continue
         if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]:
             # weights_only: a checkpoint is data, unpickling arbitrary objects would make it code
-            saved = torch.load(io.BytesIO(content[_DIGEST:]), weights_only=True)
+            saved = torch.load(io.BytesIO(content[_DIGEST:]), map_location="cpu", weights_only=True)
             if saved["format"] > FORMAT:
                 raise Refused(
                     f"{path}: found a checkpoint in format {saved['format']}, of a newer kdlib; allowed: up to format {FORMAT}; "
@@ -46,8 +52,9 @@ def newest(folder: Path) -> dict[str, Any] | None:
                 raise Refused(f"{path}: found a checkpoint of run {saved['run']}; allowed: those of run {folder.name}; move it back")
             state: dict[str, Any] = saved["state"]
             return state
-        print(f"{path.name} in {folder.name} is damaged: going on from the one before it", file=sys.stderr, flush=True)
-        path.unlink(missing_ok=True)
+        say(f"{path.name} in {folder.name} is damaged: going on from the one before it", sys.stderr)
+        if rank() == 0:
+            path.unlink(missing_ok=True)
     return None
 
 

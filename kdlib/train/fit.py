@@ -12,7 +12,7 @@ from kdlib.data.stream import ViewStream
 from kdlib.ranks import anyone, rank, say, world
 from kdlib.train.ahead import in_time
 from kdlib.train.answers import Answers
-from kdlib.train.learner import Learner
+from kdlib.train.learner import Learner, asked_of_teacher
 from kdlib.train.progress import watched
 from kdlib.train.signals import Stopped, asked_to_stop, held_back
 from kdlib.train.threads import threads
@@ -61,6 +61,7 @@ class Fit:
         first = min((learner.step for learner in self._running), default=self._total)
         bar = tqdm(initial=first, total=self._total, desc=self.title, unit="step", disable=not watched() or rank() > 0)
         with held_back(), threads(max(1, torch.get_num_threads() - self.ahead)), bar:
+            self._close_epochs_left_open()
             for place, (batch, said, seconds) in in_time(self._make, self._places(first), self.ahead, self.stream.device):
                 self.teacher_seconds += seconds
                 active = [learner for learner in self._running if learner.step == place.step]
@@ -76,7 +77,7 @@ class Fit:
                 if not self._running:
                     return
                 # of those whose turn has come; nothing if they would not listen
-                asks: Asks = frozenset().union(*(learner.method.asks_teacher for learner in self._running if learner.step <= step))
+                asks = asked_of_teacher(learner for learner in self._running if learner.step <= step)
                 yield Place(step, number, step * groups + number, asks)
 
     def _make(self, place: Place) -> tuple[Batch, Output | None, float]:
@@ -88,29 +89,45 @@ class Fit:
     def _end_step(self, step: int, active: Sequence[Learner], bar: "tqdm[Never]") -> None:
         for learner in active:
             learner.advance()
-        last = step + 1 == self._total
-        ends_epoch = last or self.stream.ends_epoch(step)
+        stop, due = anyone(asked_to_stop(), time.monotonic() - self._saved >= self.save_seconds)
+        if stop:  # before a validation, which may take longer than the time that is left
+            self._stop(step)
+        ends_epoch = self._ends_epoch(step)
         if ends_epoch and active:
             bar.set_postfix_str(self._close_epoch(active, step))
         if ends_epoch or (step + 1) % CHECK_STEPS == 0:
             self._running = [learner for learner in self._running if learner.diverged_step is None]
         bar.update()
-        stop, due = anyone(asked_to_stop(), not last and time.monotonic() - self._saved >= self.save_seconds)
-        if stop or due:
-            for learner in self._running:
-                self.save(learner)
-            self._saved = time.monotonic()
-        if stop:
-            raise Stopped(f"{self.title}: stopped after step {step + 1} of {self._total}; the same command goes on from there")
+        if due or step + 1 == self._total:  # what follows the last step, measuring, can be interrupted too
+            self._save()
+
+    def _save(self) -> None:
+        for learner in self._running:
+            self.save(learner)
+        self._saved = time.monotonic()
+
+    def _stop(self, step: int) -> Never:
+        self._save()
+        raise Stopped(f"{self.title}: stopped after step {step + 1} of {self._total}; the same command goes on from there")
+
+    def _ends_epoch(self, step: int) -> bool:
+        return step + 1 == self._total or self.stream.ends_epoch(step)
+
+    def _close_epochs_left_open(self) -> None:
+        """Of learners that were stopped between the last step of an epoch and its row."""
+        for learner in self.learners:
+            if learner.step > learner.in_curve and self._ends_epoch(learner.step - 1):
+                self._close_epoch([learner], learner.step - 1)
 
     def _close_epoch(self, active: Sequence[Learner], step: int) -> str:
         """Measure what is due, extend the curves, and say in one line how the learners do."""
         stream, total, seen = self.stream, self._total, (step + 1) * self.stream.recipe.batch_size
         epoch, epochs = seen // len(stream.index), -(-total * stream.recipe.batch_size // len(stream.index))
-        before = int(active[0].curve[-1]["step"] or 0) if active[0].curve else 0
-        measured = step + 1 == total or (step + 1) * VALIDATIONS // total > before * VALIDATIONS // total
+        measured = step + 1 == total or (step + 1) * VALIDATIONS // total > active[0].in_curve * VALIDATIONS // total
         shown = []
         for learner in active:
+            if measured and anyone(asked_to_stop())[0]:
+                self._stop(step)
             val_top1 = self.validate(learner) if measured else None
             learner.close_epoch(epoch, seen, val_top1)
             shown.append(f"{learner.name} {learner.curve[-1]['loss']:.3f}" + (f" ({100 * val_top1:.1f} %)" if val_top1 is not None else ""))

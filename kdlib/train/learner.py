@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any
@@ -26,7 +27,7 @@ from kdlib.seed import seed_torch
 from kdlib.train.compute import Compute
 from kdlib.train.memory import peak_bytes
 from kdlib.train.norms import RunningStatistics
-from kdlib.types import Batch, Output, Terms
+from kdlib.types import Asks, Batch, Output, Terms
 
 Row = dict[str, float | int | None]
 # BatchNorm's statistics are averaged once a step (norms); the older of the two names is deprecated in torch 2.15
@@ -66,7 +67,8 @@ class Learner:
             mode = "reduce-overhead" if self.compute.compiled == "graphs" else None
             self._model = torch.compile(self._together, dynamic=False, mode=mode)  # type: ignore[assignment]
         if world() > 1:  # a head that no loss looks at gets no gradient
-            self._model = DistributedDataParallel(self._model, **_NO_SYNC, find_unused_parameters=self.hard is None)
+            headless = self.hard is None or not method.hard_weight
+            self._model = DistributedDataParallel(self._model, **_NO_SYNC, find_unused_parameters=headless)
         self.optimizer = create_optimizer_v2(student.net, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         for adapters in param_groups_weight_decay(method, recipe.weight_decay):  # like the student's: biases and norms do not decay
             if adapters["params"]:
@@ -81,8 +83,8 @@ class Learner:
         self.seconds = 0.0
         self.curve: list[Row] = []
         self.names: list[str] = []  # of the loss terms, in the order of the columns of _sums
-        self._sums = torch.zeros(0, dtype=torch.float64, device=self.device)  # of the terms since the last row of the curve
-        self._groups_summed = 0
+        self._sums = torch.zeros(0, dtype=torch.float64, device=self.device)  # of the terms of each step since the last row of the curve
+        self._steps_summed = 0
         self._taken = 0  # groups of the step that is being made
         self._running = RunningStatistics(student, method, groups=recipe.groups)
         self._bad_step = torch.tensor(-1, device=self.device)
@@ -95,7 +97,7 @@ class Learner:
         """
         started = time.perf_counter()
         if not self._taken:
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad(set_to_none=self.compute.compiled != "graphs")
         seed_torch(self.seed, "step", group)  # dropout and drop path
         self._taken += 1
         model = self._model
@@ -116,6 +118,7 @@ class Learner:
         for average in self.averages.values():
             average.update(self.student.net)
         self.step, self._taken = self.step + 1, 0
+        self._steps_summed += 1
         self.seconds += time.perf_counter() - started
 
     def step_bytes(self, batch: Batch, answers: Output | None) -> int:
@@ -143,11 +146,16 @@ class Learner:
     def close_epoch(self, epoch: int, images_seen: int, val_top1: float | None) -> None:
         """Add a row to the curve: mean loss terms since the last row. Every process calls it."""
         self._agree()
-        means = (self._sums / max(1, self._groups_summed)).tolist()
+        means = (self._sums / max(1, self._steps_summed)).tolist()
         row: Row = {"epoch": epoch, "step": self.step, "images_seen": images_seen, "loss": sum(means)}
         self.curve.append(row | {f"loss_{name}": mean for name, mean in zip(self.names, means, strict=True)} | {"val_top1": val_top1})
         self._sums.zero_()
-        self._groups_summed = 0
+        self._steps_summed = 0
+
+    @property
+    def in_curve(self) -> int:
+        """How many steps the curve has rows of."""
+        return int(self.curve[-1]["step"] or 0) if self.curve else 0
 
     @property
     def diverged_step(self) -> int | None:
@@ -180,7 +188,7 @@ class Learner:
             "curve": self.curve,
             "names": self.names,
             "sums": self._sums,
-            "groups_summed": self._groups_summed,
+            "steps_summed": self._steps_summed,
             "bad_step": self._bad_step,
             "bad_terms": self._bad_terms,
         }
@@ -193,7 +201,7 @@ class Learner:
         for decay, average in self.averages.items():
             average.module.load_state_dict(state["averages"][decay])
         self.step, self.seconds, self.curve, self.names = state["step"], state["seconds"], state["curve"], state["names"]
-        self._groups_summed = state["groups_summed"]
+        self._steps_summed = state["steps_summed"]
         self._sums, self._bad_step, self._bad_terms = (state[key].to(self.device) for key in ("sums", "bad_step", "bad_terms"))
 
     def _differentiate(self, model: nn.Module, batch: Batch, answers: Output | None) -> Terms:
@@ -201,12 +209,27 @@ class Learner:
         if answers is None and self.method.asks_teacher:
             raise ValueError(f"{self.name}: found no teacher's answers; allowed: none only for a method that needs no teacher")
         progress = torch.full((), (self.step + 1) / self.total_steps, device=self.device)
-        if self.compute.compiled == "graphs":
+        graphs = self.compute.compiled == "graphs"
+        new = [parameter for parameter in self._together.parameters() if graphs and parameter.grad is None]
+        if graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned is not looked at any more
         with self.compute.autocast():
             terms: Terms = model(batch, answers, progress)
         (torch.stack(list(terms.values())).sum() / self.groups).backward()
+        if graphs:
+            self._keep(new)
         return terms
+
+    def _keep(self, new: Iterable[nn.Parameter]) -> None:
+        """Move what has to outlive the next replay, another student's too, out of the graphs' memory: first gradients, which later ones are
+        added to, and buffers that a method replaces.
+        """
+        for parameter in new:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
+        for module in self.method.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.clone())
 
     def _agree(self) -> None:
         """What the processes noted of the steps so far becomes the same in all of them."""
@@ -215,7 +238,7 @@ class Learner:
             steps = everyones(self._bad_step[None])
             first = torch.where(steps < 0, torch.iinfo(steps.dtype).max, steps).min()
             self._bad_step = torch.where((steps < 0).all(), -1, first)
-            self._bad_terms = everyones(self._bad_terms[None]).any(dim=0)
+            self._bad_terms = (everyones(self._bad_terms[None]) & (steps == first)[:, None]).any(dim=0)
 
     def _record(self, terms: Terms) -> None:
         values: Float[Tensor, " terms"] = torch.stack([term.detach() for term in terms.values()])
@@ -227,8 +250,12 @@ class Learner:
         first = bad.any() & (self._bad_step < 0)
         self._bad_step = torch.where(first, self.step, self._bad_step)
         self._bad_terms = torch.where(first, bad, self._bad_terms)
-        self._sums += values.double()
-        self._groups_summed += 1
+        self._sums += values.double() / self.groups
+
+
+def asked_of_teacher(learners: Iterable[Learner]) -> Asks:
+    """All that any of them wants to know of the teacher."""
+    return frozenset().union(*(learner.method.asks_teacher for learner in learners))
 
 
 def total_steps(recipe: Recipe, train_images: int) -> int:

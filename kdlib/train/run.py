@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,21 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdlib.config import ComputeParams, Recipe
+from kdlib.config import ComputeParams, Recipe, Refused
 from kdlib.data.splits import DataSet, Split
 from kdlib.data.stream import ViewStream
 from kdlib.losses.base import Method
 from kdlib.models import Classifier, build
-from kdlib.ranks import rank, say, wait_for_all
+from kdlib.ranks import everyones, rank, say, wait_for_all, world
 from kdlib.results import write_bytes, write_csv, write_json
 from kdlib.seed import seed_torch
 from kdlib.train import checkpoint
 from kdlib.train.answers import Answers
 from kdlib.train.compute import Compute, choose, teachers_compute
 from kdlib.train.fit import Fit
-from kdlib.train.learner import Learner, total_steps
+from kdlib.train.learner import Learner, asked_of_teacher, total_steps
 from kdlib.train.measure import measure, predict
 from kdlib.train.teacher import Teacher
-from kdlib.types import Asks
 
 EVALUATION_BATCH = 512
 GPU_TOLERANCE = 0.05  # of a logit: sums there are not repeated in the same order
@@ -88,9 +87,11 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
     wait_for_all()  # all have read the checkpoints before the first one writes another
     folders = {id(learner): job.folder for learner, job in zip(learners, jobs, strict=True)}
     batch = stream.batch(0)
+    asks = asked_of_teacher(learners)
+    compute = replace(compute, ahead=compute.ahead if asks else 0)  # there is nothing that takes long to make
     answers = _answers(setting, learners, steps, teachers_compute(compute, setting.teacher, batch.images))
-    asks: Asks = frozenset().union(*(learner.method.asks_teacher for learner in learners))
-    said = answers(0, batch.images, asks) if answers and asks else None
+    # not from the files: how many threads compute is not what it will be
+    said = answers.of_teacher(batch.images, asks) if answers and asks else None
     step_bytes = [learner.step_bytes(batch, said) for learner in learners]  # first: a run that cannot be measured fails before hours
     val_labels = torch.from_numpy(np.asarray(data.val.labels))
     fit = Fit(
@@ -101,12 +102,13 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
         save=lambda learner: _save(folders[id(learner)], learner),
         save_seconds=save_seconds,
         title=setting.title,
-        ahead=compute.ahead if asks else 0,
+        ahead=compute.ahead,
     )
     fit.run()
     measured = _Measured(data, setting.teacher, setting.device)
+    where = environment(setting.device) | compute.record() | {"teacher_bf16": answers.compute.bf16 if answers else None, "processes": world()}
     for learner, job, its_bytes in zip(learners, jobs, step_bytes, strict=True):
-        _write(job, learner, setting, measured, its_bytes, fit.teacher_seconds / len(jobs))
+        _write(job, learner, setting, measured, its_bytes, fit.teacher_seconds / len(jobs), where)
 
 
 def _save(folder: Path, learner: Learner) -> None:
@@ -126,6 +128,13 @@ def _learner(setting: Setting, job: Job, steps: int, compute: Compute) -> Learne
     state = checkpoint.newest(job.folder)
     if state is not None:
         learner.load_state_dict(state)
+    steps_done = everyones(torch.tensor([learner.step])).tolist()
+    if len(set(steps_done)) > 1:  # a folder that machines share shows all of them the same files, but may take its time
+        raise Refused(
+            f"{job.folder}: found checkpoints of steps {steps_done} by the processes that train together; allowed: the same for all; "
+            "run the same again when all machines see the same files"
+        )
+    if state is not None:
         say(f"{setting.title}  {job.name}: goes on from step {learner.step} of {steps}")
     return learner
 
@@ -138,7 +147,7 @@ def _answers(setting: Setting, learners: Sequence[Learner], steps: int, compute:
     per_epoch = recipe.groups * max(1, len(setting.data.train.labels) // recipe.batch_size)
     tolerance = 0.0 if setting.device.type == "cpu" else GPU_TOLERANCE
     answers = Answers(setting.teacher, setting.answers, recipe.batch_size // recipe.groups, per_epoch, compute, tolerance)
-    asks: Asks = frozenset().union(*(learner.method.asks_teacher for learner in learners))
+    asks = asked_of_teacher(learners)
     if asks and setting.answers:
         gigabytes = answers.bytes(steps * recipe.groups, asks) / 1e9
         within = gigabytes <= setting.answers_gb
@@ -170,7 +179,15 @@ class _Measured:
         return predict(model, split.images, EVALUATION_BATCH, self._device)
 
 
-def _write(job: Job, learner: Learner, setting: Setting, measured: _Measured, step_bytes: int, teacher_seconds: float) -> None:
+def _write(
+    job: Job,
+    learner: Learner,
+    setting: Setting,
+    measured: _Measured,
+    step_bytes: int,
+    teacher_seconds: float,
+    where: dict[str, Any],
+) -> None:
     recipe, shape = setting.recipe, (setting.data.channels, setting.data.size)
     diverged = learner.diverged_step
     splits = ("val", "test") if job.on_test else ("val",)  # once, at the last epoch
@@ -208,7 +225,7 @@ def _write(job: Job, learner: Learner, setting: Setting, measured: _Measured, st
     for decay, student in averages.items():
         write_bytes(job.folder / f"weights_{decay}.safetensors", save(weights(student)))
     write_json(job.folder / "timing.json", {"student_seconds": learner.seconds, "teacher_seconds_share": teacher_seconds})
-    write_json(job.folder / "environment.json", environment(setting.device) | learner.compute.record())
+    write_json(job.folder / "environment.json", where)
     write_json(job.folder / "metrics.json", metrics)
     checkpoint.clear(job.folder)
 

@@ -37,6 +37,8 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], cores: i
             with parallel_config("loky", n_jobs=processes, inner_max_num_threads=cores // processes, initializer=start):
                 done = list(Parallel(pre_dispatch="n_jobs")(_until_asked_to_stop(work, items)))
         except TerminatedWorkerError as error:
+            if asked_to_stop():  # one that has not begun to train ends at once
+                raise Stopped("stopped; the same command goes on from the last step") from error
             raise RuntimeError(
                 f"one of {processes} processes that trained side by side was ended from outside, most often for lack of memory. What they "
                 "had saved is kept: run the same again, with OMP_NUM_THREADS set to a smaller number for fewer processes"
