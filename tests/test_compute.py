@@ -86,6 +86,34 @@ def test_a_student_is_compiled_as_asked(monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == [None, "reduce-overhead"]
 
 
+def test_what_outlives_a_replay_is_not_in_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Students and groups that take turns: nothing that a graph returned, a gradient or a bank, is used after the next mark."""
+    lent: list[torch.Tensor] = []
+    seen: list[int] = []
+
+    def graph(module: torch.nn.Module, **_: object) -> torch.nn.Module:
+        def lend(parameter: torch.nn.Parameter) -> None:
+            if id(parameter) not in seen and parameter.grad is not None:  # later ones are added to what is there
+                seen.append(id(parameter))
+                lent.append(parameter.grad)
+
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(lend)
+        return module
+
+    def mark() -> None:
+        for one in lent:
+            one.fill_(torch.nan)
+        lent.clear()
+
+    monkeypatch.setattr(torch, "compile", graph)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", mark)
+    methods = {name: method(name) for name in ("kd", "rkd")}
+    plain = trained(setting(group_size=8), methods, tmp_path / "plain")
+    graphs = trained(dataclasses.replace(setting(group_size=8), compute=params(compile="graphs")), methods, tmp_path / "graphs")
+    assert graphs == plain
+
+
 def test_a_gpu_gets_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))

@@ -236,7 +236,11 @@ def fail_in_the_second() -> None:
     ("work", "error", "message"),
     [
         (fill_the_disk, Refused, r"^disk: found no room left at checkpoint.pt; allowed: [^\n]*$"),
-        (fail_in_the_second, RankFailed, r"^process 1 of 2 that trained together ended with exit code 1: ValueError: no such thing\. [^\n]*$"),
+        (
+            fail_in_the_second,
+            RankFailed,
+            r"^process 1 of 2 that trained together ended with exit code 1: ValueError: no such thing\. [^\n]*$",
+        ),
     ],
 )
 def test_an_error_of_one_process_is_said_in_one_line(work: Callable[[], None], error: type[Exception], message: str) -> None:

@@ -39,6 +39,22 @@ def test_a_signal_is_noted_once_and_acts_the_second_time(number: int) -> None:
     assert {one: signal.getsignal(one) for one in SIGNALS} == handlers
 
 
+def test_every_step_is_a_place_to_stop_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs end between a signal and their row of the curve; the validation is made when training goes on."""
+    methods = {name: method(name) for name in ("kd", "fitnet")}
+    undisturbed = trained(setting(), methods, tmp_path / "undisturbed")
+    advanced: list[str] = []
+    advance = Learner.advance
+    monkeypatch.setattr(Learner, "advance", lambda self: (advanced.append(self.name), advance(self)))
+    monkeypatch.setattr("kdlib.train.fit.asked_to_stop", lambda: bool(advanced))
+    for step in range(1, 13):
+        advanced.clear()
+        with pytest.raises(Stopped, match=f"stopped after step {step} of 12"):
+            trained(setting(), methods, tmp_path / "stopped")
+    monkeypatch.undo()
+    assert trained(setting(), methods, tmp_path / "stopped") == undisturbed
+
+
 def test_another_thread_holds_nothing_back() -> None:
     before, found = signal.getsignal(signal.SIGTERM), []
 

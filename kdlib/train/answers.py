@@ -50,7 +50,7 @@ class Answers:
     per_file: int  # groups
     compute: Compute
     tolerance: float = 0.0
-    passes: int = 0  # of the teacher, over one group each
+    passes: int = 0  # of the teacher, over one group each, so far
     _files: dict[tuple[Part, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
     _sampled: dict[int, set[int]] = field(default_factory=dict, init=False, repr=False)  # of each file
 
@@ -60,7 +60,6 @@ class Answers:
         is_sample = bool(found) and self._is_sample(group)
         if found and asks <= set(KEPT) and not is_sample:
             return _to_output({part: sent(values, images.device) for part, values in found.items()})
-        self.passes += 1
         output = self.of_teacher(images, asks)
         if found and is_sample:
             self._compare(group, found, output)
@@ -70,6 +69,7 @@ class Answers:
 
     def of_teacher(self, images: Images, asks: Asks) -> Output:
         """As it is said and kept; no file is looked at."""
+        self.passes += 1
         with self.compute.autocast():
             return rounded(self.teacher(images, asks))
 

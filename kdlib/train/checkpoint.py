@@ -3,6 +3,7 @@
 import hashlib
 import io
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +37,29 @@ def newest(folder: Path) -> dict[str, Any] | None:
         for stale in folder.glob(".*.tmp"):
             stale.unlink(missing_ok=True)
     for path in sorted(folder.glob(_PATTERN), reverse=True):
-        try:
+        with suppress(FileNotFoundError):  # damaged, and the first process was here before
             content = path.read_bytes()
-        except FileNotFoundError:  # damaged, and the first process was here before
-            continue
-        if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]:
-            # weights_only: a checkpoint is data, unpickling arbitrary objects would make it code
-            saved = torch.load(io.BytesIO(content[_DIGEST:]), map_location="cpu", weights_only=True)
-            if saved["format"] > FORMAT:
-                raise Refused(
-                    f"{path}: found a checkpoint in format {saved['format']}, of a newer kdlib; allowed: up to format {FORMAT}; "
-                    "update kdlib, or delete the file to train on from the one before it"
-                )
-            if saved["run"] != folder.name:
-                raise Refused(f"{path}: found a checkpoint of run {saved['run']}; allowed: those of run {folder.name}; move it back")
-            state: dict[str, Any] = saved["state"]
-            return state
-        say(f"{path.name} in {folder.name} is damaged: going on from the one before it", sys.stderr)
-        if rank() == 0:
-            path.unlink(missing_ok=True)
+            if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]:
+                return _state(path, content[_DIGEST:])
+            say(f"{path.name} in {folder.name} is damaged: going on from the one before it", sys.stderr)
+            if rank() == 0:
+                path.unlink()
     return None
+
+
+def _state(path: Path, content: bytes) -> dict[str, Any]:
+    # weights_only: a checkpoint is data, unpickling arbitrary objects would make it code
+    saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if saved["format"] > FORMAT:
+        raise Refused(
+            f"{path}: found a checkpoint in format {saved['format']}, of a newer kdlib; allowed: up to format {FORMAT}; "
+            "update kdlib, or delete the file to train on from the one before it"
+        )
+    run = path.parent.name
+    if saved["run"] != run:
+        raise Refused(f"{path}: found a checkpoint of run {saved['run']}; allowed: those of run {run}; move it back")
+    state: dict[str, Any] = saved["state"]
+    return state
 
 
 def clear(folder: Path) -> None:

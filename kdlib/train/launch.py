@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -39,12 +40,13 @@ def together(launch: Launch, work: Callable[[], Result], raises: type[Exception]
     On several machines this one is the first, which hosts the rendezvous; each other one has to ``join``.
 
     Raises ``RankFailed``, with the number of the process whose failure was seen first on this machine; ``Stopped`` after SIGINT or SIGTERM,
-    when all have saved; ``raises`` when ``work`` does, in all processes alike; ``Refused`` when it does in any, and when machines do not come.
+    when all have saved; ``raises`` when ``work`` does, in all processes alike; ``Refused`` when it does in any, and when machines do not
+    come.
     """
     offered: Work = (uuid.uuid4().hex, work, raises)
     store = _meeting(launch, here=True) if launch.nodes > 1 else None
     if store:
-        store.set(WORK, pickle.dumps(offered))
+        store.set(WORK, pickle.dumps(offered).hex())
     with held_back(stop_children):
         return _take_part(launch, offered)  # type: ignore[no-any-return]
 
@@ -63,7 +65,12 @@ def join(launch: Launch) -> None:
             done, _, raises = offered
             try:
                 _take_part(launch, offered)
-            except (Stopped, RankFailed, Refused, raises) as error:  # the first machine says so too; what it is told to do next is done here too
+            except (
+                Stopped,
+                RankFailed,
+                Refused,
+                raises,
+            ) as error:  # the first machine says so too; what it is told to do next is done here too
                 print(f"{error}; waiting for the first machine", file=sys.stderr, flush=True)
 
 
@@ -151,9 +158,9 @@ def _own_address(launch: Launch) -> str:
         return str(probe.getsockname()[0])
 
 
-def _meeting(launch: Launch, *, here: bool) -> dist.TCPStore:
+def _meeting(launch: Launch, *, here: bool) -> TCPStore:
     host, port = _address(launch)
-    return dist.TCPStore(host, port, is_master=here, wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=30))
+    return TCPStore(host, port, is_master=here, wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=30))
 
 
 def _offered(launch: Launch) -> Work | None:
@@ -163,7 +170,7 @@ def _offered(launch: Launch) -> Work | None:
     try:
         socket.create_connection(_address(launch), 1.0).close()  # asked first: torch would complain of each attempt
         store = _meeting(launch, here=False)
-        offered: Work | None = pickle.loads(store.get(WORK)) if store.check([WORK]) else None  # noqa: S301
+        offered: Work | None = pickle.loads(bytes.fromhex(store.get(WORK).decode())) if store.check([WORK]) else None
     except (OSError, RuntimeError):  # not there yet, or just gone
         return None
     return offered

@@ -106,7 +106,9 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
     )
     fit.run()
     measured = _Measured(data, setting.teacher, setting.device)
-    where = environment(setting.device) | compute.record() | {"teacher_bf16": answers.compute.bf16 if answers else None, "processes": world()}
+    where = (
+        environment(setting.device) | compute.record() | {"teacher_bf16": answers.compute.bf16 if answers else None, "processes": world()}
+    )
     for learner, job, its_bytes in zip(learners, jobs, step_bytes, strict=True):
         _write(job, learner, setting, measured, its_bytes, fit.teacher_seconds / len(jobs), where)
 
