@@ -1,7 +1,5 @@
 """What the processes of a distributed training tell each other. Alone, a process is rank 0 of 1 and talks to itself."""
 
-from typing import TextIO
-
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
@@ -62,7 +60,7 @@ def wait_for_all() -> None:
     anyone(False)
 
 
-def say(text: str, file: TextIO | None = None) -> None:
-    """Print it once, however many processes train; to standard output, or ``file``."""
+def say(text: str) -> None:
+    """Print it once, however many processes train."""
     if rank() == 0:
-        print(text, file=file, flush=True)
+        print(text, flush=True)

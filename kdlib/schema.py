@@ -167,9 +167,8 @@ class Launch(Part):
     """Processes that train one run together, by distributed data parallelism; each takes whole mix groups."""
 
     processes: Count  # on each machine: one for each GPU
-    nodes: (
-        Count  # machines that share the folder of the study, at the same path: the first runs it, `python -m kdlib.study join` the others
-    )
+    # machines that share the folder of the study, at the same path: the first runs it, the others `python -m kdlib.study join`
+    nodes: Count
     rendezvous: str | None  # host:port of the first, where there are several
 
 

@@ -65,10 +65,10 @@ def run(root: Path) -> None:
 
 def join(root: Path) -> None:
     """Train what the first machine trains, where study.launch names several: in the same folder, but for locks and files of DVC."""
-    from kdlib.train import launch  # noqa: PLC0415 (see ``check``)
+    from kdlib.experiment import Experiment  # noqa: PLC0415 (see ``check``)
+    from kdlib.train import launch  # noqa: PLC0415
 
-    check(root)
-    launch.join(config.load(root).study.launch)
+    launch.join(Experiment(root).study.study.launch)
 
 
 @contextmanager

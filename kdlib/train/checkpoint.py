@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kdlib.config import Refused
-from kdlib.ranks import rank, say
+from kdlib.ranks import rank
 from kdlib.results import write_bytes
 
 FORMAT = 1  # the next number when an earlier kdlib would go on wrongly from what this one writes
@@ -41,8 +41,8 @@ def newest(folder: Path) -> dict[str, Any] | None:
             content = path.read_bytes()
             if hashlib.sha256(content[_DIGEST:]).digest() == content[:_DIGEST]:
                 return _state(path, content[_DIGEST:])
-            say(f"{path.name} in {folder.name} is damaged: going on from the one before it", sys.stderr)
             if rank() == 0:
+                print(f"{path.name} in {folder.name} is damaged: going on from the one before it", file=sys.stderr, flush=True)
                 path.unlink()
     return None
 

@@ -210,7 +210,7 @@ class Learner:
             raise ValueError(f"{self.name}: found no teacher's answers; allowed: none only for a method that needs no teacher")
         progress = torch.full((), (self.step + 1) / self.total_steps, device=self.device)
         graphs = self.compute.compiled == "graphs"
-        new = [parameter for parameter in self._together.parameters() if graphs and parameter.grad is None]
+        new = [parameter for parameter in self._together.parameters() if parameter.grad is None] if graphs else []
         if graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned is not looked at any more
         with self.compute.autocast():
