@@ -263,6 +263,7 @@ class Ours:
                 if number == own(groups)[-1]:
                     yield made
                     made = []
+        self.answers.finish()
 
     def _make(self, place: tuple[int, int]) -> tuple[Batch, Output]:
         step, number = place

@@ -1,11 +1,14 @@
 """A teacher's answers to the views of a stream, kept on disk: whoever trains on the same views again needs no teacher's pass."""
 
+import functools
 import os
 import secrets
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +42,8 @@ class Answers:
 
     One file for each part and ``per_file`` mix groups: a checksum and values in half precision for each group. What is there and right is
     read, what is missing, cut off or damaged is asked again and written. Of every file, each time that it is read, two groups are asked
-    for all the same and compared. On a full or read-only disk it goes on without writing.
+    for all the same and compared. On a full or read-only disk it goes on without writing. Written and compared is one group later, so that
+    no step waits for a GPU: ``finish`` sees to the last one.
 
     Raises ``DifferentAnswers`` when one differs by more than ``tolerance`` (0 on a CPU; the order of additions on a GPU varies).
     """
@@ -51,6 +55,7 @@ class Answers:
     compute: Compute
     tolerance: float = 0.0
     passes: int = 0  # of the teacher, over one group each, so far
+    _waiting: tuple[Any, Callable[[], None]] | None = field(default=None, init=False, repr=False)
     _files: dict[tuple[Part, int], np.ndarray] = field(default_factory=dict, init=False, repr=False)
     _sampled: dict[int, set[int]] = field(default_factory=dict, init=False, repr=False)  # of each file
 
@@ -62,10 +67,17 @@ class Answers:
             return _to_output({part: sent(values, images.device) for part, values in found.items()})
         output = self.of_teacher(images, asks)
         if found and is_sample:
-            self._compare(group, found, output)
+            self._when_said(output, functools.partial(self._compare, group, found))
         elif self.folder and not found:
-            self._write(group, output)
+            self._when_said(output, functools.partial(self._write, group))
         return output
+
+    def finish(self) -> None:
+        """Write, or compare, what was said last."""
+        if self._waiting:
+            (event, work), self._waiting = self._waiting, None
+            event.synchronize()
+            work()
 
     def of_teacher(self, images: Images, asks: Asks) -> Output:
         """As it is said and kept; no file is looked at."""
@@ -87,6 +99,15 @@ class Answers:
 
     def _path(self, part: Part, number: int) -> Path:
         return Path(self.folder or "") / f"{part}-{number:05d}.bin"
+
+    def _when_said(self, output: Output, then: Callable[[dict[Part, Tensor]], None]) -> None:
+        """``then`` gets what is kept of it on the host, when the next one has been asked for: by then the copy has long been made."""
+        self.finish()
+        said = {part: getattr(output, part.value) for part in KEPT}
+        on_host = {part: values.half().to("cpu", non_blocking=True) for part, values in said.items() if values is not None}
+        event = torch.get_device_module(output.logits.device).Event()
+        event.record()
+        self._waiting = event, functools.partial(then, on_host)
 
     def _read(self, group: int, parts: set[Part]) -> dict[Part, np.ndarray] | None:
         number, place = divmod(group, self.per_file)
@@ -112,25 +133,22 @@ class Answers:
             kept = self._files[part, number] = np.memmap(path, block, "r", shape=(size,)) if size else np.empty(0, block)
         return kept
 
-    def _compare(self, group: int, found: dict[Part, np.ndarray], output: Output) -> None:
+    def _compare(self, group: int, found: dict[Part, np.ndarray], said: dict[Part, Tensor]) -> None:
         for part, values in found.items():
-            said: Tensor = getattr(output, part.value)
-            gap = float((said.cpu() - torch.from_numpy(values).float()).abs().nan_to_num(torch.inf).max())
+            gap = float((said[part].float() - torch.from_numpy(values).float()).abs().nan_to_num(torch.inf).max())
             if gap > self.tolerance:
                 raise DifferentAnswers(
                     f"{self._path(part, group // self.per_file)}: found answers to group {group} that differ from the teacher's by "
                     f"{gap:g}; allowed: {self.tolerance:g}; delete {self.folder} and run the same again"
                 )
 
-    def _write(self, group: int, output: Output) -> None:
+    def _write(self, group: int, said: dict[Part, Tensor]) -> None:
+        if not self.folder:  # the write before this one failed
+            return
         number, place = divmod(group, self.per_file)
-        for part in KEPT:
-            said: Tensor | None = getattr(output, part.value)
-            if said is None:
-                continue
-            values = said.half().cpu().numpy()
+        for part, values in said.items():
             block = np.zeros(1, _block(self.group_size, self._width(part)))
-            block["values"], block["sum"] = values, _sum(values)
+            block["values"], block["sum"] = values.numpy(), _sum(values.numpy())
             path = self._path(part, number)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)

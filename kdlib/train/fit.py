@@ -69,6 +69,8 @@ class Fit:
                     learner.take(place.group, batch, said)
                 if place.number == self._own[-1]:
                     self._end_step(place.step, active, bar)
+        if self.answers:
+            self.answers.finish()
 
     def _places(self, first: int) -> Iterator[Place]:
         groups = self.stream.recipe.groups

@@ -1,5 +1,6 @@
 """Independent pieces of work side by side: each in a process of its own, on cores of its own."""
 
+import atexit
 import functools
 import os
 import signal
@@ -69,6 +70,7 @@ def _start(parent: int) -> None:
     progress.to_log()  # bars of several processes would write over each other
     for number in SIGNALS:  # between two pieces of work there is nothing to save
         signal.signal(number, signal.SIG_IGN)
+    atexit.register(os._exit, 0)  # all has been handed over; taking torch apart would cost 2 s
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
