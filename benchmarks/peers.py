@@ -30,7 +30,7 @@ from kdlib.models import Classifier, build
 from kdlib.seed import generator, seed_torch
 from kdlib.train.ahead import in_time
 from kdlib.train.answers import Answers
-from kdlib.train.compute import choose, teachers_compute
+from kdlib.train.compute import answering, choose
 from kdlib.train.fit import own
 from kdlib.train.learner import Learner
 from kdlib.train.teacher import Teacher
@@ -242,14 +242,15 @@ class Ours:
         self.task = task
         compute = choose(AUTO, torch.device(task.device), task.recipe, task.steps, task.pixels.nbytes)
         self.stream = task.stream(torch.from_numpy(task.pixels).to(task.device) if compute.resident else task.pixels, task.device)
-        teacher = Teacher(task.teaches())
-        answering = teachers_compute(compute, teacher, self.stream.batch(0).images)
-        self.answers = Answers(teacher, folder, task.batch // task.recipe.groups, task.images // task.batch, answering)
+        batch = self.stream.batch(0)
+        teacher = answering(Teacher(task.teaches()), compute, batch.images)
+        self.answers = Answers(teacher, folder, task.batch // task.recipe.groups, task.images // task.batch)
         self.ahead = compute.ahead
         self.learners = []
         for number in students:
             kd = KD(hard_weight=1.0, weight=1.0, temperature=1.0)
             learner = Learner(f"kd {number}", task.learns(number), kd, task.recipe, total_steps=task.steps, seed=0, compute=compute)
+            learner.compile_if_quicker(batch, self.answers.of_teacher(batch.images, LOGITS))
             self.learners.append(learner)
 
     def batches(self, steps: range) -> Iterator[Any]:

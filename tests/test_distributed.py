@@ -32,7 +32,6 @@ from kdlib.ranks import anyone, as_the_first, everyones, mean_over_ranks, rank, 
 from kdlib.results import read_json
 from kdlib.seed import seed_torch
 from kdlib.train.answers import Answers
-from kdlib.train.compute import Compute
 from kdlib.train.fit import Fit
 from kdlib.train.launch import RankFailed, together
 from kdlib.train.learner import Learner
@@ -64,7 +63,7 @@ def train(names: tuple[str, ...], steps: int) -> dict[str, dict[str, Any]]:
         student, made = build(training.NET, 6, 1, 8, 0.3), method(name)()
         made.adapt(student.shape, teacher.shape, torch.from_numpy(split.labels[among.index].astype(np.int64)))
         learners.append(Learner(name, student.double(), made.double(), among.recipe, total_steps=steps, seed=0))
-    answers = Answers(teacher, None, 12, 8, Compute(training.CPU))
+    answers = Answers(teacher, None, 12, 8)
     Fit(learners, stream, answers, validate=lambda _: 0.0, save=lambda _: None, save_seconds=1e9, title="test").run()
     return {one.name: {"losses": torch.tensor([row["loss"] for row in one.curve]), "state": one.student.state_dict()} for one in learners}
 

@@ -28,7 +28,6 @@ from kdlib.losses.no_kd import NoKD
 from kdlib.models import build
 from kdlib.train import checkpoint
 from kdlib.train.answers import Answers
-from kdlib.train.compute import Compute
 from kdlib.train.fit import Fit
 from kdlib.train.learner import Learner
 from kdlib.types import Asks, Batch, Output, Terms
@@ -269,7 +268,7 @@ def asked(done: dict[str, int]) -> tuple[dict[str, list[Asks]], list[Asks]]:
     Fit(
         learners,
         stream,
-        Answers(among.teacher, None, 16, 6, Compute(training.CPU)),
+        Answers(among.teacher, None, 16, 6),
         validate=lambda _: 0.0,
         save=lambda _: None,
         save_seconds=1e9,

@@ -37,4 +37,4 @@ def apply(images: Images, boxes: Int[np.ndarray, "4 batch"]) -> Images:
     top, left, high, wide = (sent(side, images.device)[:, None] for side in boxes)
     y, x = (torch.arange(side, device=images.device) for side in (height, width))
     inside = ((y >= top) & (y < top + high))[:, :, None] & ((x >= left) & (x < left + wide))[:, None, :]
-    return images.masked_fill(inside[:, None], FILL)
+    return images.clone().masked_fill_(inside[:, None], FILL)  # a new tensor would leave channels_last

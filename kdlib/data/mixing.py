@@ -54,7 +54,7 @@ def images(batch: Images, mix: Mix) -> Images:
     if mix.share == 1:
         return batch
     if mix.box is None:
-        return torch.lerp(batch.flip(0), batch, mix.share)
+        return batch.flip(0).lerp_(batch, mix.share)  # as a new tensor, grey images would get other strides: compiled again for these
     top, bottom, left, right = mix.box
     mixed = batch.clone(memory_format=torch.channels_last)
     mixed[:, :, top:bottom, left:right] = batch.flip(0)[:, :, top:bottom, left:right]

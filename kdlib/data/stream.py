@@ -54,7 +54,8 @@ class ViewStream:
         mix = mixing.draw(rng, self.recipe, height, width)
         labels = sent(np.asarray(self.labels[rows], np.int64), self.device)
         mixed = torch.full((len(rows),), mix.share != 1, device=self.device)
-        images = mixing.images(levels.permute(0, 3, 1, 2).float().div_(255), mix)
+        values = levels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(255)
+        images = mixing.images(values, mix)
         if self.recipe.erasing:
             images = erasing.apply(images, erasing.draw(rng, self.recipe.erasing, (len(rows), height, width)))
         return Batch(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kdlib.data.place import sent
-from kdlib.train.compute import Compute
 from kdlib.train.teacher import Teacher
 from kdlib.types import Asks, Images, Output, Part
 
@@ -52,7 +51,6 @@ class Answers:
     folder: Path | None  # named after all that the answers depend on; None keeps nothing
     group_size: int
     per_file: int  # groups
-    compute: Compute
     tolerance: float = 0.0
     passes: int = 0  # of the teacher, over one group each, so far
     _waiting: tuple[Any, Callable[[], None]] | None = field(default=None, init=False, repr=False)
@@ -82,8 +80,7 @@ class Answers:
     def of_teacher(self, images: Images, asks: Asks) -> Output:
         """As it is said and kept; no file is looked at."""
         self.passes += 1
-        with self.compute.autocast():
-            return rounded(self.teacher(images, asks))
+        return rounded(self.teacher(images, asks))
 
     def bytes(self, groups: int, asks: Asks) -> int:
         """What answers to so many groups take on the disk."""

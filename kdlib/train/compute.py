@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ class Compute:
     """What was chosen for one training."""
 
     device: torch.device
-    bf16: bool = False  # autocast, of students and teacher; losses stay in fp32, and no scaler is needed
+    bf16: bool = False  # autocast of students; losses stay in fp32, and no scaler is needed
     compiled: bool | Literal["graphs"] = False  # a student with its loss; "graphs": replayed as CUDA graphs
     resident: bool = False  # all training images lie on the device
     ahead: int = 0  # torch's threads that make the next views and teacher's answers meanwhile; on a GPU in a stream of their own
@@ -58,18 +58,17 @@ def choose(params: ComputeParams, device: torch.device, recipe: Recipe, steps: i
     return Compute(device, bf16, compiled, resident, ahead)
 
 
-def teachers_compute(compute: Compute, teacher: Teacher | None, images: Images) -> Compute:
-    """In bf16 only if its answers to these images stay what they are in fp32; says so if they do not."""
-    if teacher is None or not compute.bf16:
-        return compute
-    with compute.autocast():
-        rough = teacher(images).logits.float()
+def answering(teacher: Teacher, compute: Compute, images: Images) -> Teacher:
+    """In bf16 where the students are, if its answers to these images stay what they are in fp32; says so if they do not."""
+    if not compute.bf16:
+        return teacher
+    rough = teacher.in_bf16()
     exact = teacher(images).logits.float()
-    gap = float((rough - exact).norm() / exact.norm())
+    gap = float((rough(images).logits.float() - exact).norm() / exact.norm())
     if gap <= TEACHER_GAP:
-        return compute
+        return rough
     say(f"the teacher answers in fp32: in bf16 its logits differ by {gap:.1%} (more than {TEACHER_GAP:.0%})")
-    return replace(compute, bf16=False)
+    return teacher
 
 
 @cache

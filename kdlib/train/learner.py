@@ -1,12 +1,14 @@
 """A learner: one student with its loss, its optimiser and its schedule. Learners share nothing but the batch and the answers."""
 
 import copy
-import functools
 import math
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property, partial
 from inspect import signature
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -22,14 +24,15 @@ from kdlib.config import Recipe
 from kdlib.losses.base import HardLoss, Method
 from kdlib.losses.hard import HARD
 from kdlib.models import Classifier
-from kdlib.ranks import everyones, mean_over_ranks, world
+from kdlib.ranks import everyones, mean_over_ranks, say, world
 from kdlib.seed import seed_torch
-from kdlib.train.compute import Compute
+from kdlib.train.compute import Compute, in_turn
 from kdlib.train.memory import peak_bytes
 from kdlib.train.norms import RunningStatistics
 from kdlib.types import Asks, Batch, Output, Terms
 
 Row = dict[str, float | int | None]
+TRIALS = 10  # steps, of which the quickest counts
 # BatchNorm's statistics are averaged once a step (norms); the older of the two names is deprecated in torch 2.15
 _BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in signature(DistributedDataParallel).parameters)
 _NO_SYNC: dict[str, Any] = {_BUFFERS: False}
@@ -62,13 +65,6 @@ class Learner:
         self._together = _Together(student, method, self.hard)
         self.device = next(student.parameters()).device
         self.compute = compute or Compute(self.device)
-        self._model: nn.Module = self._together
-        if self.compute.compiled:
-            mode = "reduce-overhead" if self.compute.compiled == "graphs" else None
-            self._model = torch.compile(self._together, dynamic=False, mode=mode)  # type: ignore[assignment]
-        if world() > 1:  # a head that no loss looks at gets no gradient
-            headless = self.hard is None or not method.hard_weight
-            self._model = DistributedDataParallel(self._model, **_NO_SYNC, find_unused_parameters=headless)
         self.optimizer = create_optimizer_v2(student.net, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         for adapters in param_groups_weight_decay(method, recipe.weight_decay):  # like the student's: biases and norms do not decay
             if adapters["params"]:
@@ -89,6 +85,38 @@ class Learner:
         self._running = RunningStatistics(student, method, groups=recipe.groups)
         self._bad_step = torch.tensor(-1, device=self.device)
         self._bad_terms = torch.zeros(0, dtype=torch.bool, device=self.device)
+
+    @cached_property  # made when it is needed first: whether compiling pays is known by then
+    def _model(self) -> nn.Module:
+        model = self._compiled() if self.compute.compiled else self._together
+        if world() > 1:  # a head that no loss looks at gets no gradient
+            headless = self.hard is None or not self.method.hard_weight
+            model = DistributedDataParallel(model, **_NO_SYNC, find_unused_parameters=headless)
+        return model
+
+    def _compiled(self) -> nn.Module:
+        # dynamo counts what it compiles by code object, and after eight it goes on uncompiled: each learner has one of its own
+        forward = _Together.forward
+        own = FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
+        self._together.forward = MethodType(own, self._together)  # type: ignore[method-assign]
+        mode = "reduce-overhead" if self.compute.compiled == "graphs" else None
+        return torch.compile(self._together, dynamic=False, mode=mode)  # type: ignore[return-value]
+
+    def compile_if_quicker(self, batch: Batch, answers: Output | None) -> None:
+        """Where it is to be compiled, measure on copies whether steps get quicker: that depends on the model and the version of torch."""
+        if not self.compute.compiled:
+            return
+
+        def step(twin: Learner, model: nn.Module) -> None:
+            twin._differentiate(model, batch, answers)
+            torch.get_device_module(self.device).synchronize()
+
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            first, second = copy.deepcopy(self), copy.deepcopy(self)
+            plain, compiled = in_turn([partial(step, first, first._together), partial(step, second, second._compiled())], TRIALS)
+        if not everyones(torch.tensor([compiled < plain])).all():
+            say(f"{self.name}: not compiled: a step takes {plain:.3g} s, compiled {compiled:.3g} s")
+            self.compute = replace(self.compute, compiled=False)
 
     def take(self, group: int, batch: Batch, answers: Output | None) -> None:
         """Add one mix group's share to the gradient of its step; ``group`` counts the stream's groups over all steps, from 0.
@@ -133,7 +161,7 @@ class Learner:
             for _ in range(2 if self.device.type == "cuda" else 1):  # the first makes cuBLAS allocate what it keeps
                 twin = copy.deepcopy(alone)
                 state = twin.state_dict()  # held: what a step replaces is not freed meanwhile
-                found = peak_bytes(functools.partial(twin._differentiate, twin._together, batch, answers), self.device)
+                found = peak_bytes(partial(twin._differentiate, twin._together, batch, answers), self.device)
                 del state
         return found
 

@@ -26,7 +26,7 @@ from kdlib.results import write_bytes, write_csv, write_json
 from kdlib.seed import seed_torch
 from kdlib.train import checkpoint
 from kdlib.train.answers import Answers
-from kdlib.train.compute import Compute, choose, teachers_compute
+from kdlib.train.compute import Compute, answering, choose
 from kdlib.train.fit import Fit
 from kdlib.train.learner import Learner, asked_of_teacher, total_steps
 from kdlib.train.measure import measure, predict
@@ -89,10 +89,13 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
     batch = stream.batch(0)
     asks = asked_of_teacher(learners)
     compute = replace(compute, ahead=compute.ahead if asks else 0)  # there is nothing that takes long to make
-    answers = _answers(setting, learners, steps, teachers_compute(compute, setting.teacher, batch.images))
+    answers = _answers(setting, learners, steps, answering(setting.teacher, compute, batch.images)) if setting.teacher else None
     # not from the files: how many threads compute is not what it will be
     said = answers.of_teacher(batch.images, asks) if answers and asks else None
     step_bytes = [learner.step_bytes(batch, said) for learner in learners]  # first: a run that cannot be measured fails before hours
+    if setting.compute.compile == "auto":
+        for learner in learners:
+            learner.compile_if_quicker(batch, said)
     val_labels = torch.from_numpy(np.asarray(data.val.labels))
     fit = Fit(
         learners,
@@ -106,11 +109,10 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
     )
     fit.run()
     measured = _Measured(data, setting.teacher, setting.device)
-    where = (
-        environment(setting.device) | compute.record() | {"teacher_bf16": answers.compute.bf16 if answers else None, "processes": world()}
-    )
+    where = environment(setting.device) | {"teacher_bf16": answers.teacher.bf16 if answers else None, "processes": world()}
     for learner, job, its_bytes in zip(learners, jobs, step_bytes, strict=True):
-        _write(job, learner, setting, measured, its_bytes, fit.teacher_seconds / len(jobs), where)
+        computed = replace(learner.compute, ahead=compute.ahead).record()
+        _write(job, learner, setting, measured, its_bytes, fit.teacher_seconds / len(jobs), where | computed)
 
 
 def _save(folder: Path, learner: Learner) -> None:
@@ -141,14 +143,12 @@ def _learner(setting: Setting, job: Job, steps: int, compute: Compute) -> Learne
     return learner
 
 
-def _answers(setting: Setting, learners: Sequence[Learner], steps: int, compute: Compute) -> Answers | None:
+def _answers(setting: Setting, learners: Sequence[Learner], steps: int, teacher: Teacher) -> Answers:
     """The teacher, and where its answers are kept; says how much room they take before they take it."""
-    if setting.teacher is None:
-        return None
     recipe = setting.recipe
     per_epoch = recipe.groups * max(1, len(setting.data.train.labels) // recipe.batch_size)
     tolerance = 0.0 if setting.device.type == "cpu" else GPU_TOLERANCE
-    answers = Answers(setting.teacher, setting.answers, recipe.batch_size // recipe.groups, per_epoch, compute, tolerance)
+    answers = Answers(teacher, setting.answers, recipe.batch_size // recipe.groups, per_epoch, tolerance)
     asks = asked_of_teacher(learners)
     if asks and setting.answers:
         gigabytes = answers.bytes(steps * recipe.groups, asks) / 1e9
