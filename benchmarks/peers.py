@@ -247,10 +247,11 @@ class Ours:
         self.answers = Answers(teacher, folder, task.batch // task.recipe.groups, task.images // task.batch)
         self.ahead = compute.ahead
         self.learners = []
+        said = self.answers.of_teacher(batch.images, LOGITS)
         for number in students:
             kd = KD(hard_weight=1.0, weight=1.0, temperature=1.0)
             learner = Learner(f"kd {number}", task.learns(number), kd, task.recipe, total_steps=task.steps, seed=0, compute=compute)
-            learner.compile_if_quicker(batch, self.answers.of_teacher(batch.images, LOGITS))
+            learner.compile_if_quicker(batch, said)
             self.learners.append(learner)
 
     def batches(self, steps: range) -> Iterator[Any]:

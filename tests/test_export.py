@@ -22,6 +22,7 @@ from tests import tiny, training
 PLAIN = "test_resnet.r160_in1k"  # timm's own, small
 SIZE = 16  # pixels: a patch of the latter
 SIZED = "test_vit.r160_in1k"  # built for one size of image
+LEAVES = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch 2.11's exporter, about its own code
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,7 @@ def test_the_card_tells_data_teacher_method_recipe_accuracy_and_hardware(experim
     assert "import kdlib" not in card
 
 
+@LEAVES
 @pytest.mark.parametrize("comparison", [training.COMPARISON, "vit"])
 def test_onnx_says_the_same(experiment: Experiment, tmp_path: Path, comparison: str) -> None:
     assert export.to_onnx(experiment, (comparison, "kd", 0), tmp_path / "model.onnx") <= export.AGREE
@@ -117,6 +119,7 @@ def test_onnx_says_the_same(experiment: Experiment, tmp_path: Path, comparison: 
     assert abs(top1(experiment, torch.from_numpy(found)) - expected) <= 1 / 24
 
 
+@LEAVES
 def test_an_onnx_file_that_disagrees_is_not_left_there(experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "AGREE", -1.0)
     with pytest.raises(Refused, match=r"differ by .* the file was deleted"):

@@ -109,9 +109,8 @@ def test_processes_side_by_side_save_too(tmp_path: Path) -> None:
             time.sleep(0.02)
         started = time.monotonic()
         parent.terminate()
-        while "Stopped: " not in log.read_text():  # all is saved by then; interpreters take their own time to end
-            assert time.monotonic() - started < 10
-            time.sleep(0.02)
-        assert parent.wait(60) != 0
+        assert parent.wait(30) != 0
+        assert time.monotonic() - started < 10
+    assert "Stopped: " in log.read_text()
     folders = {path.parent for path in training.store(root).rglob("checkpoint-*.pt")}
     assert len(folders) == 4  # both methods of the two seeds that were being trained; the others were not begun
