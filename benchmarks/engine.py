@@ -1,13 +1,14 @@
 """The engine beside the official loop and timm's own distillation task: `make bench`.
 
-    python benchmarks/engine.py [--rounds 7] [--steps 40] [--quick] [--out FOLDER]
+    python benchmarks/engine.py [--rounds 7] [--steps 40] [--only NETS ...] [--quick] [--out FOLDER]
 
 Three implementations of plain KD in one process, on the same weights and the same views; the first 20 losses must agree before
-anything is timed. In every round each takes as many steps, in turn; a ratio is that of two times of one round. Writes
+anything is timed. In every round each takes as many steps, in turn; a ratio is that of two times of one round. Writes, after each part,
 results/<hardware>.json and engine.md (of all such files) in FOLDER: by default beside this file, with --quick in build/benchmarks.
-Run it on an idle machine.
+With --only, what the file has of other nets stays. Run it on an idle machine.
 """
 
+import argparse
 import os
 import statistics
 import tempfile
@@ -32,7 +33,7 @@ CHECKED = 20  # losses that must agree
 # of losses, relative: our teacher's answers are rounded to half precision; on a GPU the loops compute in fp16 or bf16
 AGREE = {"cpu": 5e-3, "cuda": 5e-2}
 CORES = os.cpu_count() or 1
-WORKERS = (0, 1, 2) if CORES < 4 else (CORES // 4, CORES // 2, CORES)  # of the PIL loaders; the fastest is taken
+WORKERS = (0, 1, 2) if CORES < 4 else (CORES // 2, CORES)  # of the PIL loaders; the fastest is taken
 RESNET50_BYTES = 335e6  # that training moves for an image of 224 pixels, fused (an estimate from the sizes of its maps)
 WORDS = {2: "two", 4: "four", 8: "eight"}
 # what was asked for, median
@@ -121,19 +122,22 @@ def row(case: str, baseline: str, ours: Sequence[float], theirs: Sequence[float]
     return found
 
 
-def workers(make: Callable[[int], Any], steps: int) -> int:
-    """With how many processes that make PIL views a peer is fastest, beside its training, which wants the cores too."""
-    peers = [make(count) for count in WORKERS]
-    times = [min(found) for found in interleaved(peers, 3, steps, 0)]
-    return WORKERS[times.index(min(times))]
+def workers(peers: Sequence[Any], steps: int) -> dict[str, int]:
+    """With how many processes that make PIL views each peer is fastest, beside its training, which wants the cores too; so it is left."""
+    found = {}
+    for peer in peers:
+        least = {}
+        for peer.workers in WORKERS:
+            least[peer.workers] = min(interleaved([peer], 3, steps, 0)[0])
+        found[peer.name] = peer.workers = min(least, key=lambda count: least[count])
+    return found
 
 
-def split(task: Task, steps: int) -> Row:
+def split(ours: Ours, peer: Official, steps: int) -> Row:
     """Milliseconds of a step's parts, each by itself: what the ceiling follows from."""
-    ours, peer = Ours(task, range(1)), Official(task, 1, 0)
+    task, learner = ours.task, ours.learners[0]
     batch = ours.stream.batch(0)
-    learner = ours.learners[0]
-    said = ours.answers(0, batch.images, LOGITS)
+    said = ours.answers.of_teacher(batch.images, LOGITS)
     images = batch.images.contiguous()
 
     def ms(do: Callable[[int], object]) -> float:
@@ -154,56 +158,55 @@ def split(task: Task, steps: int) -> Row:
             return ms(learn)
 
     parts = {STUDENT: learning(torch.get_num_threads()), ALONE: learning(1)}
-    with torch.no_grad():
-        return parts | {
-            "views, ours": ms(ours.stream.batch),
-            "views, PIL in this process": ms(lambda number: list(pil_batches(task, range(number, number + 1), 0))),
-            "teacher, ours": ms(lambda _: ours.answers.teacher(batch.images)),
-            "teacher, NCHW": ms(lambda _: peer.teacher(images)),
-        }
-
-
-def measure(task: Task, rounds: int, steps: int, prefix: str = "") -> Row:
-    """One student beside both peers, several beside them and beside one, and a rerun from the kept answers."""
-    counts = {
-        "official": workers(lambda count: Official(task, 1, count), steps),
-        "timm": workers(lambda count: Timm(task, count), steps),
+    with torch.no_grad(), torch.autocast(task.device, torch.float16, enabled=task.on_gpu):
+        parts["teacher, official"] = ms(lambda _: peer.teacher(images))
+    return parts | {
+        "views, ours": ms(ours.stream.batch),
+        "views, PIL in this process": ms(lambda number: list(pil_batches(task, range(number, number + 1), 0))),
+        "teacher, ours": ms(lambda _: ours.answers.of_teacher(batch.images, LOGITS)),
     }
-    parts = split(task, steps)
+
+
+def measure(task: Task, rounds: int, steps: int, prefix: str = "") -> Iterator[Row]:
+    """One student beside both peers, a rerun from the kept answers, several students beside the peers and beside one. After each part, what
+    is known by then.
+    """
+    contenders = official, peer, ours = Official(task, 1, WORKERS[0]), Timm(task, WORKERS[0]), Ours(task, range(1))
+    warm_up = agree(contenders, range(CHECKED), AGREE[task.device])
+    counts = workers([official, peer], max(2, steps // 2))
+    parts = split(ours, official, steps)
     alone = steps * min(parts[STUDENT], parts[ALONE]) / 1e3
-    one = [Official(task, 1, counts["official"]), Timm(task, counts["timm"]), Ours(task, range(1))]
-    warm_up = agree(one, range(CHECKED), AGREE[task.device])
-    official, peer, ours = interleaved(one, rounds, steps, CHECKED)
+    times = interleaved(contenders, rounds, steps, CHECKED)
     case, images = f"{prefix}one_student", task.batch * steps
-    rows = [row(case, name, ours, theirs, alone, images) for name, theirs in (("official", official), ("timm", peer))]
+    rows = [row(case, one.name, times[2], theirs, alone, images) for one, theirs in zip(contenders[:2], times[:2], strict=True)]
     found = {"case": case, "pil_workers": counts, "seconds_of_the_first_steps": warm_up, "milliseconds_of_a_step": parts, "rows": rows}
+    teacher = ours.answers.teacher
+    found["chosen"] = ours.learners[0].compute.record() | {"teacher_bf16": teacher.bf16, "teacher_compiled": teacher.kind}
     if task.on_gpu:
-        found |= used(task, images / statistics.median(ours))
-    if task.students > 1:
-        rows += several(task, rounds, max(2, steps // 2), counts, parts)
+        found |= used(task, images / statistics.median(times[2]))
+    yield found
     with tempfile.TemporaryDirectory() as folder:
-        twice = [Ours(task, range(1), Path(folder)), Ours(task, range(1), Path(folder))]
-        live, cached = interleaved(twice, rounds, steps, 0)
-        # the first run's teacher works beside the student, which therefore has one thread in both
-        rows.append(
-            row(f"{prefix}cached_rerun", "first_run", cached, live, steps * parts[ALONE if twice[0].ahead else STUDENT] / 1e3, images)
-        )
-    return found
+        live, cached = interleaved([ours.keeping(Path(folder)), ours.keeping(Path(folder))], rounds, steps, CHECKED)
+    # the first run's teacher may work beside the student, which therefore has one thread in both
+    rows.append(row(f"{prefix}cached_rerun", "first_run", cached, live, steps * parts[ALONE if ours.ahead else STUDENT] / 1e3, images))
+    yield found
+    if task.students > 1:
+        rows += several(task, rounds, max(2, steps // 4), parts, peer, ours)
+        yield found
 
 
-def several(task: Task, rounds: int, steps: int, counts: Row, parts: Row) -> list[Row]:
+def several(task: Task, rounds: int, steps: int, parts: Row, peer: Timm, one: Ours) -> list[Row]:
     """Several students of one teacher: ours on all cores of a CPU, or together on a GPU; timm trains them one after the other."""
     case, processes = f"{WORDS[task.students]}_students", 1 if task.on_gpu else max(1, min(torch.get_num_threads(), task.students))
-    count = workers(lambda number: Official(task, task.students, number), max(2, steps // 2))
-    counts["official, several students"] = count
+    official = Official(task, task.students, WORKERS[0])
     together = Ours(task, range(task.students)) if task.on_gpu else OursSideBySide(task, task.students, processes)
-    contenders = [Official(task, task.students, count), together, Timm(task, counts["timm"]), Ours(task, range(1))]
-    agree(contenders[:2], range(CHECKED), AGREE[task.device])
-    official, ours, *in_turn = interleaved(contenders, rounds, steps, CHECKED)
+    agree([official, together], range(CHECKED), AGREE[task.device])
+    workers([official], max(2, steps // 2))
+    theirs, ours, *in_turn = interleaved([official, together, peer, one], rounds, steps, CHECKED)
     alone = steps * task.students * parts[STUDENT if task.on_gpu else ALONE] / processes / 1e3
-    peer, one = ([task.students * seconds for seconds in found] for found in in_turn)
-    beside = {"official": official, "timm": peer, "one_student": one}
-    return [row(case, name, ours, theirs, alone, task.batch * steps * task.students) for name, theirs in beside.items()]
+    of_timm, of_one = ([task.students * seconds for seconds in found] for found in in_turn)
+    beside = {"official": theirs, "timm": of_timm, "one_student": of_one}
+    return [row(case, name, ours, found, alone, task.batch * steps * task.students) for name, found in beside.items()]
 
 
 def used(task: Task, images_per_second: float) -> Row:
@@ -250,6 +253,8 @@ def markdown(found: Sequence[Row]) -> str:
             lines += ["", f"Worker processes of the PIL loaders, the fastest number: {counts}."]
             times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in task["seconds_of_the_first_steps"].items())
             lines += [f"Seconds of the first {CHECKED} steps, with what is compiled in them: {times or 'not noted'}.", ""]
+            chosen = ", ".join(f"{name} {value}" for name, value in task.get("chosen", {}).items())
+            lines += [f"Chosen: {chosen}.", ""] if chosen else []
             if "used" in task:
                 lines += ["Of the device: " + ", ".join(f"{name} {value:.3g}" for name, value in task["used"].items()) + ".", ""]
     return "\n".join(lines)
@@ -279,15 +284,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(str(__doc__))
     options.add_argument("--rounds", type=int, default=7)
     options.add_argument("--steps", type=int, default=40)
+    options.add_argument("--only", nargs="+", choices=GPU, help="of a GPU's nets these: '' for ImageNet's, small_nets_ for CIFAR's")
     given = options.parse_args(arguments)
     small = Task(student="kd_resnet8_w8_s1", teacher="kd_resnet8_w8_s1", batch=32, images=400, students=2)
     tasks = {"": small} if given.quick else GPU if torch.cuda.is_available() else {"": Task()}
     rounds, steps = (2, 6) if given.quick else (given.rounds, given.steps)
-    measured = [measure(task, rounds, steps, prefix) for prefix, task in tasks.items()]
-    found = about(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {
-        "rows": [row for one in measured for row in one.pop("rows")],
-        "tasks": measured,
-    }
+    found = about(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {"rows": [], "tasks": []}
+    if given.only is not None:
+        tasks = {prefix: tasks[prefix] for prefix in given.only}
+        found |= {key: [one for one in kept if nets(one) not in tasks] for key, kept in before(found["hardware"], given).items()}
+    others = {key: list(found[key]) for key in ("rows", "tasks")}
+    for prefix, task in tasks.items():
+        for so_far in measure(task, rounds, steps, prefix):
+            found["rows"] = [*others["rows"], *so_far["rows"]]
+            found["tasks"] = [*others["tasks"], {key: value for key, value in so_far.items() if key != "rows"}]
+            publish(found, given)
+        others = {key: list(found[key]) for key in ("rows", "tasks")}
+
+
+def nets(one: Row) -> str:
+    """To which of the tasks a row, or what a task found, belongs."""
+    return next((prefix for prefix in GPU if prefix and one["case"].startswith(prefix)), "")
+
+
+def before(hardware: str, given: argparse.Namespace) -> dict[str, list[Row]]:
+    """What is already known of this hardware."""
+    found = [one for one in committed(given.out or HERE) if one["hardware"] == hardware]
+    return {key: found[0][key] if found else [] for key in ("rows", "tasks")}
+
+
+def publish(found: Row, given: argparse.Namespace) -> None:
     out = write(found, given, "")
     every = committed(out)
     (out / "engine.md").write_text(markdown(every))

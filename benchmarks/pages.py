@@ -28,12 +28,13 @@ def parser(text: str) -> argparse.ArgumentParser:
 
 def about(device: torch.device) -> Row:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {os.cpu_count()} cores"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True, capture_output=True, check=False)
     return {
         "hardware": name,
         "threads": torch.get_num_threads(),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}",
         "load before": round(os.getloadavg()[0], 2),
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True).strip(),
+        "commit": commit.stdout.strip(),  # nothing in a copy without .git
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 

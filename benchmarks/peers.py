@@ -3,6 +3,7 @@
 The official loop is written anew from a description of what it does; no line of it is in here.
 """
 
+import copy
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,12 +91,16 @@ class Task:
         return self.classifier(self.student).to(self.device)
 
     def teaches(self) -> Classifier:
+        return copy.deepcopy(self._taught).to(self.device)
+
+    @cached_property
+    def _taught(self) -> Classifier:
         seed_torch(0, "teacher")
         classifier = self.classifier(self.teacher)
         with torch.no_grad():
             for _ in range(3):  # statistics of BatchNorm that are not the initial ones
                 classifier(torch.rand(64, self.channels, self.size, self.size))
-        return classifier.eval().to(self.device)
+        return classifier.eval()
 
     def classifier(self, name: str) -> Classifier:
         """Behind the normalisation that the official loop gives to teacher and student alike."""
@@ -234,17 +239,17 @@ class Timm:
 
 
 class Ours:
-    """kdlib's learners on its view stream, in this process, as kdlib.train.fit runs them: a thread of its own makes the next answers."""
+    """kdlib's learners on its view stream, in this process, as kdlib.train.fit runs them."""
 
     name = "ours"
 
-    def __init__(self, task: Task, students: range, folder: Path | None = None) -> None:
+    def __init__(self, task: Task, students: range) -> None:
         self.task = task
         compute = choose(AUTO, torch.device(task.device), task.recipe, task.steps, task.pixels.nbytes)
         self.stream = task.stream(torch.from_numpy(task.pixels).to(task.device) if compute.resident else task.pixels, task.device)
         batch = self.stream.batch(0)
-        teacher = answering(Teacher(task.teaches()), compute, batch.images)
-        self.answers = Answers(teacher, folder, task.batch // task.recipe.groups, task.images // task.batch)
+        teacher = answering(Teacher(task.teaches()), compute, batch.images, LOGITS)
+        self.answers = self._answers(teacher, None)
         self.ahead = compute.ahead
         self.learners = []
         said = self.answers.of_teacher(batch.images, LOGITS)
@@ -252,7 +257,17 @@ class Ours:
             kd = KD(hard_weight=1.0, weight=1.0, temperature=1.0)
             learner = Learner(f"kd {number}", task.learns(number), kd, task.recipe, total_steps=task.steps, seed=0, compute=compute)
             learner.compile_if_quicker(batch, said)
+            compute = learner.compute  # decided once: the others are the same
             self.learners.append(learner)
+
+    def keeping(self, folder: Path) -> "Ours":
+        """The same, which keeps its teacher's answers, or reads them if they are there."""
+        made = copy.copy(self)
+        made.answers = self._answers(self.answers.teacher, folder)
+        return made
+
+    def _answers(self, teacher: Teacher, folder: Path | None) -> Answers:
+        return Answers(teacher, folder, self.task.batch // self.task.recipe.groups, self.task.images // self.task.batch)
 
     def batches(self, steps: range) -> Iterator[Any]:
         """Of every step its groups: number, views, answers."""

@@ -3,24 +3,28 @@
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kdlib.config import ComputeParams, Refused
 from kdlib.data.stream import ViewStream
 from kdlib.losses import METHODS
 from kdlib.models import build
 from kdlib.seed import seed_torch
+from kdlib.train import compiling, run
 from kdlib.train import compute as module
-from kdlib.train import learner, run
 from kdlib.train.ahead import in_time
 from kdlib.train.answers import Answers, rounded
-from kdlib.train.compute import Compute, answering, choose, in_turn
+from kdlib.train.compiling import in_turn, quickest
+from kdlib.train.compute import Compute, answering, choose
 from kdlib.train.learner import Learner
 from kdlib.train.teacher import Teacher
 from kdlib.train.threads import threads
@@ -30,6 +34,7 @@ from tests.training import method, setting, trained
 
 CUDA = torch.device("cuda")
 RECIPE = training.recipe()
+LOGITS = frozenset({Part.LOGITS})
 SOME = {name: method(name) for name in ("kd", "rkd")}
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -39,9 +44,13 @@ def params(**changes: object) -> ComputeParams:
 
 
 def test_a_cpu_computes_plainly() -> None:
-    assert choose(params(), training.CPU, RECIPE, 10**6, 10) == Compute(training.CPU, bf16=False, compiled=False, resident=False)
+    assert choose(params(), training.CPU, RECIPE, 10**6, 10) == Compute(training.CPU, bf16=False, kinds=(False,), resident=False)
     forced = choose(params(compile=True, resident=True, precision="fp32"), training.CPU, RECIPE, 1, 10)
-    assert forced == Compute(training.CPU, bf16=False, compiled=True, resident=True)
+    assert forced == Compute(training.CPU, bf16=False, kinds=(True,), resident=True)
+    with pytest.raises(
+        Refused, match=r"study.compute.compile: found 'graphs'; allowed: auto, true or false, but for one process with a GPU"
+    ):
+        choose(params(compile="graphs"), training.CPU, RECIPE, 1, 1)
 
 
 @pytest.mark.parametrize(("count", "ahead"), [(1, 0), (2, 1), (5, 2), (8, 4)])
@@ -84,47 +93,77 @@ def test_training_with_work_ahead_is_the_same(tmp_path: Path) -> None:
 
 def test_a_student_is_compiled_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(torch, "compile", lambda module, **options: asked.append(options["mode"]) or module)
-    for compiled in (False, True, "graphs"):
-        assert choose(params(compile=compiled), training.CPU, RECIPE, 1, 1).compiled == compiled
+    monkeypatch.setattr(torch, "compile", lambda module, **_: asked.append(module) or module)
+    for compiled in (False, True):
         student, made = build(training.NET, 6, 1, 8), method("no_kd")()
-        of = Compute(training.CPU, compiled=compiled)
+        of = choose(params(compile=compiled), training.CPU, RECIPE, 1, 1)
         assert Learner("no_kd", student, made, RECIPE, total_steps=2, seed=0, compute=of)._model
-    assert asked == [None, "reduce-overhead"]
+        assert len(asked) == compiled
 
 
-def test_what_outlives_a_replay_is_not_in_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Students and groups that take turns: nothing that a graph returned, a gradient or a bank, is used after the next mark."""
-    lent: list[torch.Tensor] = []
-    seen: list[int] = []
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """What CUDA graphs do, on a CPU: a recording changes nothing; a replay does the same again with the same tensors, and what the last one
+    returned anywhere is lost.
+    """
+    recordings: list[Callable[[], object]] = []
+    returned: list[torch.Tensor] = []
 
-    def graph(module: torch.nn.Module, **_: object) -> torch.nn.Module:
-        def lend(parameter: torch.nn.Parameter) -> None:
-            if id(parameter) not in seen and parameter.grad is not None:  # later ones are added to what is there
-                seen.append(id(parameter))
-                lent.append(parameter.grad)
+    def recording(do: Callable[[], dict[str, object]]) -> tuple[Callable[[], None], dict[str, object]]:
+        said: dict[str, object] = {}
 
-        for parameter in module.parameters():
-            parameter.register_post_accumulate_grad_hook(lend)
-        return module
+        def replay() -> None:
+            for one in returned:
+                one.fill_(torch.nan)
+            found = do()
+            if not said:
+                said.update(tree_map_only(torch.Tensor, torch.clone, found))
+                returned.extend(one for one in tree_leaves(said) if isinstance(one, torch.Tensor))
+            for here, value in zip(tree_leaves(said), tree_leaves(found), strict=True):
+                if isinstance(here, torch.Tensor):
+                    here.copy_(value)
 
-    def mark() -> None:
-        for one in lent:
-            one.fill_(torch.nan)
-        lent.clear()
+        recordings.append(replay)
+        return replay, said
 
-    monkeypatch.setattr(torch, "compile", graph)
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", mark)
-    plain = trained(setting(group_size=8), SOME, tmp_path / "plain")
-    graphs = trained(dataclasses.replace(setting(group_size=8), compute=params(compile="graphs")), SOME, tmp_path / "graphs")
+    monkeypatch.setattr(compiling, "recording", recording)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    monkeypatch.setattr(compiling, "warm_up", lambda do: [do() for _ in range(3)])
+    return recordings
+
+
+@pytest.mark.parametrize("changes", [{"group_size": 8}, {"drop_path": 0.3}, {"clip_norm": 1.0, "ema": [0.9]}])
+def test_a_replayed_training_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: list[Callable[[], object]], changes: dict[str, object]
+) -> None:
+    """Of students that take turns, one with a bank and buffers that its method replaces; nothing that a replay returned is used later."""
+    methods = {name: method(name) for name in ("kd", "crd", "rkd", "no_kd")}
+    unmixed = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}
+    plain = trained(setting(**unmixed, **changes), methods, tmp_path / "plain")
+    monkeypatch.setattr(run, "choose", lambda *_: Compute(training.CPU, kinds=("graphs",)))
+    monkeypatch.setattr(run, "answering", lambda teacher, *_: teacher)
+    graphs = trained(setting(**unmixed, **changes), methods, tmp_path / "graphs")
+    assert len(recorded) == len(methods)
     assert graphs == plain
+
+
+def test_a_replayed_teacher_says_the_same(recorded: list[Callable[[], object]]) -> None:
+    plain, every = training.teacher(), frozenset(Part)
+    graph = plain.compiled("graphs")
+    first, second = torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8)
+    said = [graph(first), graph(second), graph(first, every), graph(second[:2])]
+    expected = [plain(first), plain(second), plain(first, every), plain(second[:2])]
+    assert len(recorded) == 3
+    for mine, its in zip(said, expected, strict=True):
+        torch.testing.assert_close(vars(mine), vars(its), rtol=0, atol=0)
 
 
 def test_a_gpu_gets_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
-    assert choose(params(), CUDA, RECIPE, 10**6, 500) == Compute(CUDA, bf16=True, compiled=True, resident=True)
-    assert choose(params(), CUDA, RECIPE, 10, 501) == Compute(CUDA, bf16=True, compiled=False, resident=False)
+    assert choose(params(), CUDA, RECIPE, 10**6, 500) == Compute(CUDA, bf16=True, kinds=(False, True, "graphs"), resident=True)
+    assert choose(params(), CUDA, RECIPE, 10, 501) == Compute(CUDA, bf16=True, kinds=(False,), resident=False)
+    assert choose(params(compile="graphs"), CUDA, RECIPE, 10, 501).kinds == ("graphs",)
     off = choose(params(precision="fp32", compile=False, resident=False), CUDA, RECIPE, 10**6, 500)
     assert off == Compute(CUDA)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
@@ -153,7 +192,7 @@ def test_in_turn_takes_the_least_after_a_warm_up(monkeypatch: pytest.MonkeyPatch
         nonlocal now
         now += next(costs)
 
-    monkeypatch.setattr(module.time, "perf_counter", clock)
+    monkeypatch.setattr(compiling.time, "perf_counter", clock)
     assert in_turn([work, work], rounds=3) == [4, 7]
 
 
@@ -165,8 +204,8 @@ def test_a_teacher_answers_in_bf16(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     teacher = Teacher(build(net, 6, 3, 32))
     every = frozenset(Part)
     exact = teacher(images, every)
-    assert answering(teacher, Compute(training.CPU), images) is teacher
-    found = answering(teacher, bf16, images)
+    assert answering(teacher, Compute(training.CPU), images, LOGITS) is teacher
+    found = answering(teacher, bf16, images, LOGITS)
     assert found.bf16 == how
     said = found(images, every)
     assert said.logits.dtype == said.maps[0].dtype == torch.bfloat16
@@ -175,7 +214,7 @@ def test_a_teacher_answers_in_bf16(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert rounded(said).logits.dtype == torch.float32
     assert torch.equal(teacher(images).logits, exact.logits)
     monkeypatch.setattr(module, "TEACHER_GAP", 0.0)
-    assert answering(teacher, bf16, images) is teacher
+    assert answering(teacher, bf16, images, LOGITS) is teacher
     assert "the teacher answers in fp32: in bf16 its logits differ by" in capsys.readouterr().out
 
 
@@ -192,14 +231,33 @@ def test_a_student_is_compiled_where_it_gets_quicker(
     plain = trained(setting(drop_path=0.3), SOME, tmp_path / "plain")
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda together, **_: compiled.append(together) or together)
-    monkeypatch.setattr(run, "choose", lambda *_: Compute(training.CPU, compiled=True))
-    monkeypatch.setattr(learner, "in_turn", timed)
+    monkeypatch.setattr(run, "choose", lambda *_: Compute(training.CPU, kinds=(False, True)))
+    monkeypatch.setattr(compiling, "in_turn", timed)
     assert trained(setting(drop_path=0.3), SOME, tmp_path / "measured") == plain
-    assert len(compiled) == (2 if quicker else 1) * len(SOME)
+    assert len(compiled) == 1 + (2 if quicker else 1) * len(SOME)  # the teacher on a copy that stays, students on copies that do not
     printed = capsys.readouterr().out
+    for name in ("the teacher", *SOME):
+        said = "compiled; a step takes 1 s not compiled, 0.5 s compiled" if quicker else "not compiled; a step takes 1 s not compiled, 2 s"
+        assert f"{name}: {said}" in printed
     for name in SOME:
-        assert (f"{name}: not compiled: a step takes 1 s, compiled 2 s" in printed) is not quicker
-        assert json.loads((tmp_path / "measured" / name / "environment.json").read_text())["compiled"] is quicker
+        record = json.loads((tmp_path / "measured" / name / "environment.json").read_text())
+        assert (record["compiled"], record["teacher_compiled"]) == (quicker, quicker)
+
+
+def test_what_is_not_possible_is_not_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(compiling, "in_turn", lambda steps, _: [1.0, 0.96][: len(steps)])
+    assert quickest("a", {False: bool, True: fail, "graphs": bool}) is False  # 4 % are not worth a graph's memory
+    assert quickest("b", {False: bool, True: bool, "graphs": fail}) is True
+    assert quickest("c", {"graphs": fail}) == "graphs"  # there is nothing to choose from
+    assert capsys.readouterr().out.splitlines() == [
+        "a: compiled: not possible here: CUDA out of memory.",
+        "a: not compiled; a step takes 1 s not compiled, inf s compiled, 0.96 s as a CUDA graph",
+        "b: as a CUDA graph: not possible here: CUDA out of memory.",
+        "b: compiled; a step takes 1 s not compiled, 0.96 s compiled, inf s as a CUDA graph",
+    ]
 
 
 # What is computed
@@ -249,7 +307,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, name: str) -> None:
     mixes = {} if not METHODS[name].unmixed else {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}
     among = setting(ema=[0.9], clip_norm=1.0, **mixes)
     split = among.data.train
-    images = torch.from_numpy(split.images[:]).to(CUDA)
+    images = torch.from_numpy(np.array(split.images)).to(CUDA)
     for held, kept in ((images, None), (split.images, None), (images, tmp_path), (images, tmp_path)):  # the last one reads
         stream = ViewStream(held, split.labels, among.index, classes=6, recipe=among.recipe, hflip=0.5, seed=0, device=CUDA)
         teacher, student, made = training.teacher().to(CUDA), build(training.NET, 6, 1, 8, 0.3).to(CUDA), method(name)()
@@ -258,7 +316,8 @@ def test_no_step_waits_for_the_device(tmp_path: Path, name: str) -> None:
         learner = Learner(name, student, made.to(CUDA), among.recipe, total_steps=20, seed=0, compute=compute)
         answers = Answers(teacher.in_bf16(), kept, 16, 6, tolerance=1.0)
         for step in range(6):
-            torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+            with warnings.catch_warnings(action="ignore"):  # torch's: that this mode does not see everything yet
+                torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
             try:
                 batch = stream.batch(step)
                 asks = made.asks_teacher

@@ -1,22 +1,23 @@
 """How models compute on this machine: precision, compilation, where the pixels lie. Chosen here, overridden by study.compute, recorded."""
 
-import time
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from functools import cache
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from kdlib.config import ComputeParams, Recipe, refuse
-from kdlib.ranks import say
+from kdlib.ranks import say, world
+from kdlib.train.compiling import Kind, in_turn, quickest
 from kdlib.train.teacher import Teacher
-from kdlib.types import Images
+from kdlib.types import Asks, Images
 
-COMPILE_STEPS = 2000  # compiling takes half a minute to minutes: a shorter run would not earn it back
-TEACHER_GAP = 0.02  # of its logits, relative, in bf16 beside fp32: what rounding to 8 bits costs a deep network (to be measured on a GPU)
+# To compile takes about a minute, on an H200 70 s for a ResNet-50 and its BEiT, which saves 21 ms a step, and 45 s for ResNets of CIFAR's
+# size, which saves 7 ms: a shorter run would not earn it back.
+COMPILE_STEPS = 5000
+TEACHER_GAP = 0.02  # of its logits, relative, in bf16 beside fp32: what rounding to 8 bits costs a deep network
 RESIDENT_SHARE = 0.5  # of the free memory of a GPU that training images may take
 
 
@@ -26,42 +27,67 @@ class Compute:
 
     device: torch.device
     bf16: bool = False  # autocast of students; losses stay in fp32, and no scaler is needed
-    compiled: bool | Literal["graphs"] = False  # a student with its loss; "graphs": replayed as CUDA graphs
+    kinds: tuple[Kind, ...] = (False,)  # how a student with its loss, and the teacher, may be compiled; more than one: what is quickest
     resident: bool = False  # all training images lie on the device
     ahead: int = 0  # torch's threads that make the next views and teacher's answers meanwhile; on a GPU in a stream of their own
+
+    @property
+    def compiled(self) -> Kind:
+        """As decided."""
+        return self.kinds[0]
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def record(self) -> dict[str, Any]:
         """For environment.json."""
-        return {name: value for name, value in asdict(self).items() if name != "device"}
+        return {"bf16": self.bf16, "compiled": self.compiled, "resident": self.resident, "ahead": self.ahead}
 
 
 def choose(params: ComputeParams, device: torch.device, recipe: Recipe, steps: int, image_bytes: int) -> Compute:
     """What params.yaml says; where it says ``auto``, what pays on the device.
 
-    Raises ``Refused`` for bf16 where it is slower than fp32: that is measured.
+    Raises ``Refused`` for bf16 where it is slower than fp32, which is measured, and for CUDA graphs where there are none.
     """
     on_gpu = device.type == "cuda"
     bf16 = params.precision == "bf16" or (params.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
     if bf16 and not on_gpu and (slowdown := bf16_slowdown()) > 1:
         allowed = f"fp32 or auto on this machine, where a convolution in bf16 takes {slowdown:.1f} times as long"
         raise refuse("study.compute.precision", params.precision, allowed, "change it")
-    compiled = steps >= COMPILE_STEPS and on_gpu if params.compile == "auto" else params.compile
+    if params.compile == "graphs" and not (on_gpu and world() == 1):
+        raise refuse("study.compute.compile", "graphs", "auto, true or false, but for one process with a GPU", "change it")
     resident = params.resident
     if resident == "auto":
         resident = on_gpu and image_bytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-    wanted = params.ahead is True or (params.ahead == "auto" and not on_gpu)  # what a second stream gains on a GPU nobody has measured
+    # on a GPU, measured: 1 % of a ResNet-50's steps, and what a CUDA graph gains is lost, since both threads wait for the interpreter
+    wanted = params.ahead is True or (params.ahead == "auto" and not on_gpu)
     # timm's transforms draw from global generators, which dropout needs meanwhile
     ahead = 0 if not wanted or recipe.augment == "timm" else 1 if on_gpu else torch.get_num_threads() // 2
-    return Compute(device, bf16, compiled, resident, ahead)
+    return Compute(device, bf16, _kinds(params, steps) if on_gpu or params.compile is True else (False,), resident, ahead)
 
 
-def answering(teacher: Teacher, compute: Compute, images: Images) -> Teacher:
-    """In bf16 where the students are, if its answers to these images stay what they are in fp32; says so if they do not."""
-    if not compute.bf16:
-        return teacher
+def _kinds(params: ComputeParams, steps: int) -> tuple[Kind, ...]:
+    if params.compile != "auto":
+        return (params.compile,)
+    if steps < COMPILE_STEPS:
+        return (False,)
+    return (False, True, "graphs") if world() == 1 else (False, True)
+
+
+def answering(teacher: Teacher, compute: Compute, images: Images, asks: Asks) -> Teacher:
+    """As it answers quickest to such images, in bf16 where the students are."""
+    made = _in_bf16(teacher, images) if compute.bf16 else teacher
+
+    def answer(kind: Kind) -> None:
+        candidates[kind](images, asks)
+        torch.get_device_module(images.device).synchronize()
+
+    candidates = {kind: made.compiled(kind) for kind in compute.kinds}
+    return candidates[quickest("the teacher", {kind: partial(answer, kind) for kind in candidates})]
+
+
+def _in_bf16(teacher: Teacher, images: Images) -> Teacher:
+    """If its answers to these images stay what they are in fp32; says so if they do not."""
     rough = teacher.in_bf16()
     exact = teacher(images).logits.float()
     gap = float((rough(images).logits.float() - exact).norm() / exact.norm())
@@ -82,15 +108,3 @@ def bf16_slowdown() -> float:
 
     fp32, bf16 = in_turn([lambda: work(False), lambda: work(True)], rounds=5)
     return bf16 / fp32
-
-
-def in_turn(candidates: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """The least seconds of each, tried one after the other in every round; one round before does not count."""
-    least = [float("inf")] * len(candidates)
-    for number in range(rounds + 1):
-        for i, candidate in enumerate(candidates):
-            started = time.perf_counter()
-            candidate()
-            if number:
-                least[i] = min(least[i], time.perf_counter() - started)
-    return least

@@ -3,12 +3,11 @@
 import copy
 import math
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from inspect import signature
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -24,15 +23,15 @@ from kdlib.config import Recipe
 from kdlib.losses.base import HardLoss, Method
 from kdlib.losses.hard import HARD
 from kdlib.models import Classifier
-from kdlib.ranks import everyones, mean_over_ranks, say, world
+from kdlib.ranks import everyones, mean_over_ranks, world
 from kdlib.seed import seed_torch
-from kdlib.train.compute import Compute, in_turn
+from kdlib.train.compiling import Kind, Replayed, compiled, quickest
+from kdlib.train.compute import Compute
 from kdlib.train.memory import peak_bytes
 from kdlib.train.norms import RunningStatistics
 from kdlib.types import Asks, Batch, Output, Terms
 
 Row = dict[str, float | int | None]
-TRIALS = 10  # steps, of which the quickest counts
 # BatchNorm's statistics are averaged once a step (norms); the older of the two names is deprecated in torch 2.15
 _BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in signature(DistributedDataParallel).parameters)
 _NO_SYNC: dict[str, Any] = {_BUFFERS: False}
@@ -88,35 +87,28 @@ class Learner:
 
     @cached_property  # made when it is needed first: whether compiling pays is known by then
     def _model(self) -> nn.Module:
-        model = self._compiled() if self.compute.compiled else self._together
+        model = compiled(self._together) if self.compute.compiled else self._together
         if world() > 1:  # a head that no loss looks at gets no gradient
             headless = self.hard is None or not self.method.hard_weight
             model = DistributedDataParallel(model, **_NO_SYNC, find_unused_parameters=headless)
         return model
 
-    def _compiled(self) -> nn.Module:
-        # dynamo counts what it compiles by code object, and after eight it goes on uncompiled: each learner has one of its own
-        forward = _Together.forward
-        own = FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
-        self._together.forward = MethodType(own, self._together)  # type: ignore[method-assign]
-        mode = "reduce-overhead" if self.compute.compiled == "graphs" else None
-        return torch.compile(self._together, dynamic=False, mode=mode)  # type: ignore[return-value]
+    @cached_property
+    def _replayed(self) -> Replayed:
+        return Replayed(self._pass_in_place, self._unchanged)
 
     def compile_if_quicker(self, batch: Batch, answers: Output | None) -> None:
-        """Where it is to be compiled, measure on copies whether steps get quicker: that depends on the model and the version of torch."""
-        if not self.compute.compiled:
+        """Decide, on copies, in which of the kinds that are left to choose from a step takes the least time."""
+        if len(self.compute.kinds) == 1:
             return
 
-        def step(twin: Learner, model: nn.Module) -> None:
-            twin._differentiate(model, batch, answers)
+        def step(twin: Learner) -> None:
+            twin._differentiate(batch, answers)
             torch.get_device_module(self.device).synchronize()
 
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            first, second = copy.deepcopy(self), copy.deepcopy(self)
-            plain, compiled = in_turn([partial(step, first, first._together), partial(step, second, second._compiled())], TRIALS)
-        if not everyones(torch.tensor([compiled < plain])).all():
-            say(f"{self.name}: not compiled: a step takes {plain:.3g} s, compiled {compiled:.3g} s")
-            self.compute = replace(self.compute, compiled=False)
+        with self._forked():
+            steps: dict[Kind, Callable[[], object]] = {kind: partial(step, self._twin(kind)) for kind in self.compute.kinds}
+            self.compute = replace(self.compute, kinds=(quickest(self.name, steps),))
 
     def take(self, group: int, batch: Batch, answers: Output | None) -> None:
         """Add one mix group's share to the gradient of its step; ``group`` counts the stream's groups over all steps, from 0.
@@ -125,13 +117,15 @@ class Learner:
         """
         started = time.perf_counter()
         if not self._taken:
-            self.optimizer.zero_grad(set_to_none=self.compute.compiled != "graphs")
+            self.optimizer.zero_grad(
+                set_to_none=self.compute.compiled != "graphs"
+            )  # a graph adds to the gradients that it was recorded with
         seed_torch(self.seed, "step", group)  # dropout and drop path
         self._taken += 1
         model = self._model
         more_to_come = isinstance(model, DistributedDataParallel) and self._taken < self.groups
         with self._running, model.no_sync() if more_to_come else nullcontext():  # type: ignore[operator]
-            self._record(self._differentiate(model, batch, answers))
+            self._record(self._differentiate(batch, answers))
         self.seconds += time.perf_counter() - started
 
     def advance(self) -> None:
@@ -155,15 +149,26 @@ class Learner:
         The batch, the teacher's pass, the weights and the optimiser are not in it.
         """
         found = 0
-        alone = copy.copy(self)
-        alone._model = alone._together  # one that speaks to other processes cannot be copied
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with self._forked():
             for _ in range(2 if self.device.type == "cuda" else 1):  # the first makes cuBLAS allocate what it keeps
-                twin = copy.deepcopy(alone)
+                twin = self._twin(False)
                 state = twin.state_dict()  # held: what a step replaces is not freed meanwhile
-                found = peak_bytes(partial(twin._differentiate, twin._together, batch, answers), self.device)
+                found = peak_bytes(partial(twin._differentiate, batch, answers), self.device)
                 del state
         return found
+
+    def _twin(self, kind: Kind) -> "Learner":
+        """A copy that computes in this way, and alone."""
+        alone = copy.copy(self)
+        alone.compute = replace(self.compute, kinds=(kind,))
+        alone.__dict__.pop("_model", None)  # one that speaks to other processes cannot be copied
+        twin = copy.deepcopy(alone)
+        twin._model = compiled(twin._together) if kind else twin._together
+        return twin
+
+    def _forked(self) -> AbstractContextManager[None]:
+        """Within, random draws leave no trace."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def average(self, decay: str) -> Classifier:
         """A copy of the student with the averaged weights."""
@@ -232,32 +237,47 @@ class Learner:
         self._steps_summed = state["steps_summed"]
         self._sums, self._bad_step, self._bad_terms = (state[key].to(self.device) for key in ("sums", "bad_step", "bad_terms"))
 
-    def _differentiate(self, model: nn.Module, batch: Batch, answers: Output | None) -> Terms:
+    def _differentiate(self, batch: Batch, answers: Output | None) -> Terms:
         """Forward and backward pass."""
         if answers is None and self.method.asks_teacher:
             raise ValueError(f"{self.name}: found no teacher's answers; allowed: none only for a method that needs no teacher")
         progress = torch.full((), (self.step + 1) / self.total_steps, device=self.device)
-        graphs = self.compute.compiled == "graphs"
-        new = [parameter for parameter in self._together.parameters() if parameter.grad is None] if graphs else []
-        if graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last replay returned is not looked at any more
+        if self.compute.compiled == "graphs":
+            terms: Terms = self._replayed(vars(batch), None if answers is None else vars(answers), progress)
+            return terms
+        return self._pass(batch, answers, progress)
+
+    def _pass(self, batch: Batch, answers: Output | None, progress: Float[Tensor, ""]) -> Terms:
         with self.compute.autocast():
-            terms: Terms = model(batch, answers, progress)
+            terms: Terms = self._model(batch, answers, progress)
         (torch.stack(list(terms.values())).sum() / self.groups).backward()
-        if graphs:
-            self._keep(new)
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _pass_in_place(self, batch: dict[str, Any], answers: dict[str, Any] | None, progress: Float[Tensor, ""]) -> Terms:
+        """The same for a graph, whose next replay knows only the tensors that were there: what a method replaces is written into them."""
+        buffers = self._buffers()
+        terms = self._pass(Batch(**batch), Output(**answers) if answers else None, progress)
+        for module, name, buffer in buffers:
+            if getattr(module, name) is not buffer:
+                buffer.copy_(getattr(module, name))
+                setattr(module, name, buffer)
         return terms
 
-    def _keep(self, new: Iterable[nn.Parameter]) -> None:
-        """Move what has to outlive the next replay, another student's too, out of the graphs' memory: first gradients, which later ones are
-        added to, and buffers that a method replaces.
-        """
-        for parameter in new:
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Passes within leave buffers as they are, and add nothing to gradients; those that were not there are zero then."""
+        kept = [(buffer, buffer.clone()) for *_, buffer in self._buffers()]
+        gradients = [(one, None if one.grad is None else one.grad.clone()) for one in self._together.parameters()]
+        with self._forked():
+            yield
+        for buffer, before in kept:
+            buffer.copy_(before)
+        for parameter, gradient in gradients:
             if parameter.grad is not None:
-                parameter.grad = parameter.grad.clone()
-        for module in self.method.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.clone())
+                parameter.grad.copy_(torch.zeros_like(parameter.grad) if gradient is None else gradient)
+
+    def _buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
+        return [(module, name, values) for module in self._together.modules() for name, values in module.named_buffers(recurse=False)]
 
     def _agree(self) -> None:
         """What the processes noted of the steps so far becomes the same in all of them."""
@@ -269,7 +289,7 @@ class Learner:
             self._bad_terms = (everyones(self._bad_terms[None]) & (steps == first)[:, None]).any(dim=0)
 
     def _record(self, terms: Terms) -> None:
-        values: Float[Tensor, " terms"] = torch.stack([term.detach() for term in terms.values()])
+        values: Float[Tensor, " terms"] = torch.stack(list(terms.values()))
         if not self.names:
             self.names = list(terms)
             self._sums = torch.zeros(len(terms), dtype=torch.float64, device=self.device)

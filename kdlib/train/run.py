@@ -89,13 +89,12 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
     batch = stream.batch(0)
     asks = asked_of_teacher(learners)
     compute = replace(compute, ahead=compute.ahead if asks else 0)  # there is nothing that takes long to make
-    answers = _answers(setting, learners, steps, answering(setting.teacher, compute, batch.images)) if setting.teacher else None
+    answers = _answers(setting, learners, steps, answering(setting.teacher, compute, batch.images, asks)) if setting.teacher else None
     # not from the files: how many threads compute is not what it will be
     said = answers.of_teacher(batch.images, asks) if answers and asks else None
     step_bytes = [learner.step_bytes(batch, said) for learner in learners]  # first: a run that cannot be measured fails before hours
-    if setting.compute.compile == "auto":
-        for learner in learners:
-            learner.compile_if_quicker(batch, said)
+    for learner in learners:
+        learner.compile_if_quicker(batch, said)
     val_labels = torch.from_numpy(np.asarray(data.val.labels))
     fit = Fit(
         learners,
@@ -109,7 +108,11 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
     )
     fit.run()
     measured = _Measured(data, setting.teacher, setting.device)
-    where = environment(setting.device) | {"teacher_bf16": answers.teacher.bf16 if answers else None, "processes": world()}
+    where = environment(setting.device) | {
+        "processes": world(),
+        "teacher_bf16": answers.teacher.bf16 if answers else None,
+        "teacher_compiled": answers.teacher.kind if answers else None,
+    }
     for learner, job, its_bytes in zip(learners, jobs, step_bytes, strict=True):
         computed = replace(learner.compute, ahead=compute.ahead).record()
         _write(job, learner, setting, measured, its_bytes, fit.teacher_seconds / len(jobs), where | computed)
