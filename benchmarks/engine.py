@@ -212,8 +212,8 @@ def several(task: Task, rounds: int, steps: int, parts: Row, peer: Timm, one: Ou
 def used(task: Task, images_per_second: float) -> Row:
     """How much of the device: of the operations that its own matrix product does, of its memory's bandwidth, of its memory."""
     here = torch.device(task.device)
-    flops = forward_flops(task.classifier(task.teacher), task.channels, task.size)
-    flops += 3 * forward_flops(task.classifier(task.student), task.channels, task.size)
+    of_teacher = forward_flops(task.classifier(task.teacher), task.channels, task.size)
+    flops = of_teacher + 3 * forward_flops(task.classifier(task.student), task.channels, task.size)
     large, dtype = (8192, torch.bfloat16) if task.on_gpu else (512, torch.float32)
     square, long = torch.rand(large, large, device=here, dtype=dtype), torch.rand(large * large, device=here)
 
@@ -230,7 +230,8 @@ def used(task: Task, images_per_second: float) -> Row:
     copied = per_second(long.clone, 2 * 4 * large**2)
     found = {"matmul_tflops": matmul / 1e12, "copy_gb_per_second": copied / 1e9, "mfu": images_per_second * flops / matmul}
     if task.student == "resnet50":
-        found["share_of_roofline"] = images_per_second * RESNET50_BYTES / copied
+        # the teacher is bound by its operations, a ResNet-50 that trains by the bytes that it moves
+        found["share_of_roofline"] = images_per_second * (of_teacher / matmul + RESNET50_BYTES / copied)
     if task.on_gpu:
         found["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return {"used": found}

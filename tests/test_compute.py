@@ -244,20 +244,23 @@ def test_a_student_is_compiled_where_it_gets_quicker(
         assert (record["compiled"], record["teacher_compiled"]) == (quicker, quicker)
 
 
-def test_what_is_not_possible_is_not_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_graphs_are_tried_where_steps_are_short(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(compiling, "in_turn", lambda steps, _: [1.0, 0.96][: len(steps)])
-    assert quickest("a", {False: bool, True: fail, "graphs": bool}) is False  # 4 % are not worth a graph's memory
-    assert quickest("b", {False: bool, True: bool, "graphs": fail}) is True
+    times = {bool: 0.03, int: 0.019, float: 0.01}
+    monkeypatch.setattr(compiling, "in_turn", lambda steps, _: [times[step] for step in steps])
+    assert quickest("a", {False: bool, True: bool, "graphs": fail}) is False
+    assert quickest("b", {False: bool, True: int, "graphs": float}) == "graphs"
     assert quickest("c", {"graphs": fail}) == "graphs"  # there is nothing to choose from
     assert capsys.readouterr().out.splitlines() == [
-        "a: compiled: not possible here: CUDA out of memory.",
-        "a: not compiled; a step takes 1 s not compiled, inf s compiled, 0.96 s as a CUDA graph",
-        "b: as a CUDA graph: not possible here: CUDA out of memory.",
-        "b: compiled; a step takes 1 s not compiled, 0.96 s compiled, inf s as a CUDA graph",
+        "a: not compiled; a step takes 0.03 s not compiled, 0.03 s compiled",
+        "b: as a CUDA graph; a step takes 0.03 s not compiled, 0.019 s compiled, 0.01 s as a CUDA graph",
     ]
+    monkeypatch.undo()
+    refusal = r"compute.compile: found 'auto'; .* which d not compiled or compiled does not \(CUDA out of memory.\); set it to false"
+    with pytest.raises(Refused, match=refusal):
+        quickest("d", {False: bool, True: fail})
 
 
 # What is computed
