@@ -254,6 +254,7 @@ def markdown(found: Sequence[Row]) -> str:
             lines += ["", f"Worker processes of the PIL loaders, the fastest number: {counts}."]
             times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in task["seconds_of_the_first_steps"].items())
             lines += [f"Seconds of the first {CHECKED} steps, with what is compiled in them: {times or 'not noted'}.", ""]
+            lines += [task["note"], ""] if "note" in task else []
             chosen = ", ".join(f"{name} {value}" for name, value in task.get("chosen", {}).items())
             lines += [f"Chosen: {chosen}.", ""] if chosen else []
             if "used" in task:
