@@ -191,7 +191,7 @@ def measure(task: Task, rounds: int, steps: int, prefix: str = "") -> Iterator[R
     rows.append(row(f"{prefix}cached_rerun", "first_run", cached, live, steps * parts[ALONE if ours.ahead else STUDENT] / 1e3, images))
     yield found
     if task.students > 1:
-        rows += several(task, rounds, max(2, steps // 4), parts, peer, ours)
+        rows += several(task, rounds, max(2, steps // 2), parts, peer, ours)
         yield found
 
 
