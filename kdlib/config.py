@@ -26,6 +26,7 @@ from kdlib.schema import (
     Imagenet,
     Launch,
     Part,
+    Published,
     RandAugmentParams,
     Recipe,
     Study,
@@ -46,6 +47,7 @@ __all__ = [
     "Headline",
     "Imagenet",
     "Launch",
+    "Published",
     "RandAugmentParams",
     "Recipe",
     "Refused",
@@ -178,6 +180,8 @@ def _check_references(study: Study) -> None:
     for name in general.tables:
         known("study.tables", name, TABLES)
     _check_unique("study.tables", general.tables)
+    for name in general.published:
+        known("study.published", name, study.comparisons)
     for name, teacher in study.teachers.items():
         known(f"teachers.{name}.data", teacher.data, study.data)
         known(f"teachers.{name}.recipe", teacher.recipe, study.recipes)
@@ -261,7 +265,8 @@ def _part(path: list[str], content: Mapping[Any, Any]) -> type[Part]:
     """The form of what stands at a place in params.yaml."""
     if path and path[0] == "data":
         return SOURCES[content["data"][path[1]]["source"]]
-    named = path[:1] + path[2:] if path[:1] != ["study"] else path  # the second step is a name that the person chose
+    chosen = 2 if path[:2] == ["study", "published"] else len(path) if path[:1] == ["study"] else 1  # the step that is a person's own name
+    named = path[:chosen] + path[chosen + 1 :]
     return PARTS[".".join(named)]
 
 

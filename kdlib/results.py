@@ -103,6 +103,16 @@ def run_folder(root: Path, run: Run) -> Path:
     return root / DISTILL / comparison / variant / f"seed_{seed}"
 
 
+def has_all(root: Path, expected: Iterable[Run]) -> bool:
+    """Whether every one of these runs was brought to its end."""
+    return not _missing(root, expected)
+
+
+def has_teacher(root: Path, name: str) -> bool:
+    """Whether this teacher was made."""
+    return (root / TEACHERS / name / "metrics.json").is_file()
+
+
 def collect(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
     """One row per expected run, in that order; other folders are not looked at. Numbers are rounded as runs.csv shows them,
     so that every table can be computed again from that file alone. Raises ``Refused`` when runs are missing."""
@@ -162,7 +172,7 @@ def _join(root: Path, expected: Iterable[Run], read: Callable[[Path], pd.DataFra
 
 def _join_teachers(root: Path, names: Iterable[str], read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
     names = list(names)
-    _refuse_missing([str(TEACHERS / name) for name in names if not (root / TEACHERS / name / "metrics.json").is_file()], len(names))
+    _refuse_missing([str(TEACHERS / name) for name in names if not has_teacher(root, name)], len(names))
     parts = []
     for name in names:
         part = read(root / TEACHERS / name)
@@ -172,8 +182,11 @@ def _join_teachers(root: Path, names: Iterable[str], read: Callable[[Path], pd.D
 
 
 def _require(root: Path, expected: list[Run]) -> None:
-    missing = [run for run in expected if not (run_folder(root, run) / "metrics.json").is_file()]
-    _refuse_missing([f"{DISTILL / comparison / variant}/seed_{seed}" for comparison, variant, seed in missing], len(expected))
+    _refuse_missing([f"{DISTILL / name / variant}/seed_{seed}" for name, variant, seed in _missing(root, expected)], len(expected))
+
+
+def _missing(root: Path, expected: Iterable[Run]) -> list[Run]:
+    return [run for run in expected if not (run_folder(root, run) / "metrics.json").is_file()]
 
 
 def _refuse_missing(missing: list[str], of: int) -> None:

@@ -184,18 +184,28 @@ class ComputeParams(Part):
     ahead: Literal["auto", True, False]
 
 
+class Published(Part):
+    """What a comparison repeats: rows of results/published/results.csv."""
+
+    table: str
+    where: dict[str, str]  # columns of the file and their values: what tells its rows from the others of the table
+    settings: Literal["verified", "assumed"]  # assumed: no public source gives all of them, and nobody can say whether a number was met
+
+
 class StudyParams(Part):
     seeds: Annotated[list[Seed], Field(min_length=1)]
     baseline: str
     challengers: list[str]
     confidence: Annotated[float, Field(gt=0, lt=1)]
     on_divergence: Literal["continue", "fail"]
+    missing: Literal["fail", "blank"]  # comparisons that were not made yet: no tables at all, or tables of the others
     checkpoint_seconds: NonNegative
     answers_gb: NonNegative  # that a teacher's answers to one seed's views may take on the disk; above it they are asked each time
     launch: Launch
     compute: ComputeParams
     tables: Annotated[list[str], Field(min_length=1)]  # the first is the README's
     headline: Headline
+    published: dict[str, Published]  # by comparison
 
 
 class Study(Part):
@@ -209,13 +219,24 @@ class Study(Part):
     comparisons: Annotated[dict[str, Comparison], Field(min_length=1)]
 
 
-TABLES = ("data_scale", "recipes", "tuning", "methods", "losses", "cost", "measures")  # what study.tables may name: kdlib.tables makes them
+# what study.tables may name: kdlib.tables makes them
+TABLES = (
+    "published",
+    "data_scale",
+    "recipes",
+    "tuning",
+    "methods",
+    "losses",
+    "cost",
+    "measures",
+)  # what study.tables may name: kdlib.tables makes them
 
 # Where each part stands, without the names that people choose; the sources of data are told apart by their ``source``.
 PARTS: dict[str, type[Part]] = {
     "": Study,
     "study": StudyParams,
     "study.headline": Headline,
+    "study.published": Published,
     "study.launch": Launch,
     "study.compute": ComputeParams,
     "teachers": Teacher,

@@ -88,7 +88,14 @@ def study(**changes: Any) -> config.Study:
     }
     return config.parse(
         {
-            "study": {**general, "on_divergence": "continue", "checkpoint_seconds": 0.0, "tables": TABLES, "headline": headline, **changes},
+            "study": {
+                **general,
+                **{"on_divergence": "continue", "missing": "fail", "published": {}},
+                "checkpoint_seconds": 0.0,
+                "tables": TABLES,
+                "headline": headline,
+                **changes,
+            },
             "data": {"digits": DIGITS},
             "teachers": {"big": teacher},
             "recipes": {"weak": RECIPE, "strong": RECIPE},
@@ -196,4 +203,4 @@ def numbers(root: Path, of: config.Study) -> tables.Numbers:
     published_here = root / published.FILE
     published_here.parent.mkdir(parents=True)
     published_here.write_bytes((Path(__file__).parents[1] / published.FILE).read_bytes())
-    return tables.read(root, of)
+    return tables.read(root, of, of)

@@ -285,6 +285,6 @@ def test_comparisons_that_differ_in_more_than_the_hard_label_are_no_set(study: S
     groups = hard_labels(config.parse(content))
     assert groups == [{"ce": "small_weak", "bce": "small_strong"}, {"ce": "large_weak", "bce": "large_strong"}]
     changed = config.parse(content)
-    assert [table.name for table in tables.TABLES["losses"].tables(changed, tables.Numbers(runs, *[pd.DataFrame()] * 5))] == [
+    assert [table.name for table in tables.TABLES["losses"].tables(changed, tables.Numbers(changed, runs, *[pd.DataFrame()] * 5))] == [
         *("losses", "losses_large_weak")
     ]

@@ -49,12 +49,14 @@ _CONTENT: dict[str, Any] = {
         "challengers": ["dkd", "dist"],
         "confidence": 0.95,
         "on_divergence": "continue",
+        "missing": "fail",
         "checkpoint_seconds": 0,
         "answers_gb": 1.0,
         "compute": {"precision": "auto", "compile": "auto", "resident": "auto", "ahead": "auto"},
         "launch": {"processes": 1, "nodes": 1, "rendezvous": None},
         "tables": ["data_scale", "recipes", "tuning", "cost", "measures"],
         "headline": {"data": "fractals", "recipes": ["weak", "strong"]},
+        "published": {},
     },
     "data": {
         "fractals": {

@@ -26,12 +26,14 @@ from kdlib.tables.render import Table
 from kdlib.tables.render import markdown as markdown
 from kdlib.tables.render import pipe as pipe
 from kdlib.tables.render import write as write
+from kdlib.tables.reproduction import reproduction
 
 
 @dataclass(frozen=True)
 class Numbers:
     """What tables and figures are made of."""
 
+    planned: Study  # with comparisons that were not made yet
     runs: pd.DataFrame  # kdlib.results.collect
     curves: pd.DataFrame
     timing: pd.DataFrame  # seconds: they differ from run to run
@@ -49,6 +51,7 @@ class Entry:
 
 
 TABLES: dict[str, Entry] = {
+    "published": Entry(lambda _, of: [reproduction(of.planned, of.runs, of.teachers, of.published)]),
     "data_scale": Entry(lambda study, of: [data_scale(study, of.runs, of.published)], changes),
     "recipes": Entry(lambda study, of: [recipes(study, of.runs, of.published, of.teachers)]),
     "tuning": Entry(lambda study, of: [tuning(study, of.runs), *grids(study, of.runs)] if sweeps(study) else [], tuned),
@@ -59,10 +62,25 @@ TABLES: dict[str, Entry] = {
 }
 
 
-def read(root: Path, study: Study) -> Numbers:
-    """The numbers of exactly the runs that params.yaml asks for. Raises ``Refused`` when one is missing."""
+def made(root: Path, planned: Study) -> Study:
+    """With ``study.missing: blank`` those teachers and comparisons that were brought to their end, otherwise all.
+
+    Raises ``Refused`` when no comparison was.
+    """
+    if planned.study.missing == "fail":
+        return planned
+    teachers = {name: item for name, item in planned.teachers.items() if results.has_teacher(root, name)}
+    comparisons = {name: item for name, item in planned.comparisons.items() if results.has_all(root, plan.expected_runs(planned, name))}
+    if not comparisons:
+        raise refuse("comparisons", "none that was brought to its end", "at least one", "run `dvc repro distill@<name>` first")
+    return planned.model_copy(update={"teachers": teachers, "comparisons": comparisons})
+
+
+def read(root: Path, study: Study, planned: Study) -> Numbers:
+    """The numbers of exactly the runs that ``study``, what of ``planned`` was made, asks for. Raises ``Refused`` when one is missing."""
     expected = plan.expected(study)
     return Numbers(
+        planned,
         results.collect(root, expected),
         results.curves(root, expected),
         results.timing(root, expected),

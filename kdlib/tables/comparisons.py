@@ -24,6 +24,11 @@ def sure(study: Study) -> str:
     )
 
 
+def alone(runs: pd.DataFrame) -> str:
+    """What a student without a teacher is called here: published numbers call it the student."""
+    return str(next(iter(runs.loc[runs["teacher_flops"] == 0, "method"]), "student"))
+
+
 def data_scale(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame) -> Table:
     """The challengers' lead at each scale and recipe, how it changes, and the gaps of the paper's Figure 1."""
     ours = leads(study, runs)
@@ -82,9 +87,8 @@ def recipes(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame, teachers: p
     ours = pd.concat([accuracies(study, runs), ahead[ahead["question"] == "lead"]], ignore_index=True).assign(source=HERE)
     ours = ours.drop(columns=["question", "scale"])
     paper = pd.concat([published.table1(numbers), published.strategies(numbers)], ignore_index=True)
-    alone = next(iter(runs.loc[runs["teacher_flops"] == 0, "method"]), "student")  # what a student without a teacher is called here
     paper = paper.assign(
-        method=paper["method"].replace("student", alone), mean=paper["top1"], source=paper["kind"] + ": " + paper["source"]
+        method=paper["method"].replace("student", alone(runs)), mean=paper["top1"], source=paper["kind"] + ": " + paper["source"]
     ).drop(columns=["top1", "kind"])
     teacher = dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
     cells: Cells = {}

@@ -1,0 +1,111 @@
+"""Published numbers beside measured ones, and tables of a study of which some comparisons were made."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kdlib import results, tables
+from kdlib.config import Refused, Study
+from kdlib.tables.render import MINUS
+from tests import builders
+from tests.test_tables import pick
+
+FIGURE = {"table": "figure1", "where": {"dataset": "imagenet1k"}, "settings": "verified"}
+REPEATED = {
+    "large_weak": {"table": "table1_imagenet", "where": {"teacher": "resnet34", "student": "resnet18"}, "settings": "verified"},
+    "small_weak": {"table": "table1_cifar100", "where": {"student": "resnet20", "epochs": "240"}, "settings": "assumed"},
+    "large_strong": FIGURE,
+}
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return builders.study(published=REPEATED, missing="blank", tables=["published", *builders.TABLES])
+
+
+@pytest.fixture(scope="module")
+def root(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    builders.numbers(folder, study)
+    return folder
+
+
+def table(root: Path, planned: Study) -> tables.Table:
+    made = tables.made(root, planned)
+    first, *others = tables.build(made, tables.read(root, made, planned))
+    assert len(others) >= len(builders.TABLES)
+    return first
+
+
+def test_every_published_number_stands_beside_what_was_measured(root: Path, study: Study) -> None:
+    found = table(root, study)
+    assert len(found.frame) == len(found.shown) == len(tables.read(root, study, study).published)
+    kd = pick(found.frame, comparison="large_weak", method="kd")
+    assert (kd["value"], kd["mean"], kd["n"]) == (71.03, pytest.approx(0.71), 3)
+    assert kd["gap"] == pytest.approx(-0.0003)
+    assert kd["verdict"] == "met"  # 70, 71, 72
+    assert pick(found.frame, comparison="large_weak", method="dkd")["verdict"] == "met"  # 72, 73, 73: 72.7 ± 1.4; published 71.70
+    assert pick(found.frame, comparison="large_weak", method="dist")["verdict"] == "met"
+    shown = pick(found.shown, comparison="large_weak", method="kd")
+    assert shown["published"] == "71.03"
+    assert shown["measured here"].startswith("71.0 ± ")
+    assert shown["measured minus published"] in ("0.0", f"{MINUS}0.0")
+
+
+def test_a_number_beyond_the_interval_is_not_met(root: Path, study: Study) -> None:
+    numbers = tables.read(root, study, study)
+    for value, verdict in ((60.0, "above"), (90.0, "below")):
+        numbers.published["value"] = value
+        row = pick(tables.build(study, numbers)[0].frame, comparison="large_weak", method="kd")
+        assert row["verdict"] == verdict
+
+
+def test_a_published_lead_is_paired_by_seed(root: Path, study: Study) -> None:
+    lead = pick(table(root, study).frame, comparison="large_strong", method="dist_minus_kd")
+    assert lead["mean"] == pytest.approx((0.70 + 0.71 + 0.73 - 0.71 - 0.72 - 0.73) / 3)
+    assert lead["value"] == -0.46
+
+
+def test_assumed_settings_give_no_verdict(root: Path, study: Study) -> None:
+    found = table(root, study).frame
+    assert set(found.loc[found["comparison"] == "small_weak", "verdict"]) == {"assumed settings"}
+    student = pick(found, comparison="small_weak", method="student")
+    assert student["mean"] == pytest.approx(0.41)  # of the method without a teacher
+    teacher = pick(found, comparison="small_weak", method="teacher")
+    assert (teacher["mean"], teacher["n"]) == (0.9, 1)
+
+
+def test_of_one_seed_nothing_is_said(tmp_path: Path) -> None:
+    study = builders.study(published=REPEATED, missing="blank", tables=["published", *builders.TABLES], seeds=[1])
+    builders.numbers(tmp_path, study)
+    row = pick(table(tmp_path, study).frame, comparison="large_weak", method="kd")
+    assert (row["mean"], row["verdict"]) == (pytest.approx(0.71), "")
+
+
+def test_what_was_not_made_is_blank(root: Path, study: Study, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / results.DISTILL / "large_weak" / "kd" / "seed_2")  # one run of it is missing
+    made = tables.made(tmp_path, study)
+    assert set(study.comparisons) - set(made.comparisons) == {"large_weak"}
+    row = pick(table(tmp_path, study).frame, comparison="large_weak", method="kd")
+    assert math.isnan(row["mean"]) and (row["n"], row["verdict"]) == (0, "")
+    with pytest.raises(Refused, match=r"runs: 1 of \d+ are missing \(runs/distill/large_weak/kd/seed_2\)"):
+        tables.read(tmp_path, study, study)
+    fail = builders.study(missing="fail")
+    assert tables.made(tmp_path, fail) is fail
+    shutil.rmtree(tmp_path / results.DISTILL)
+    with pytest.raises(Refused, match=r"comparisons: found 'none that was brought to its end'; allowed: at least one; run `dvc repro"):
+        tables.made(tmp_path, study)
+
+
+def test_a_row_that_nobody_published_is_refused(root: Path) -> None:
+    wrong = builders.study(published={"large_weak": {**FIGURE, "where": {"epochs": "7"}}}, tables=["published"])
+    with pytest.raises(Refused, match=r"study.published.large_weak: found 'figure1 with epochs 7'; allowed: rows of results/published"):
+        tables.build(wrong, tables.read(root, wrong, wrong))
+
+
+def test_a_comparison_that_is_not_there_is_refused() -> None:
+    with pytest.raises(Refused, match=r"study.published: found 'large_weka'; allowed: .*; did you mean 'large_weak'"):
+        builders.study(published={"large_weka": FIGURE})
