@@ -67,9 +67,9 @@ class Task:
     def recipe(self) -> Recipe:
         return Recipe(
             epochs=1.0, batch_size=self.batch, group_size=self.group, repeats=1, optimizer="sgd", learning_rate=0.01, weight_decay=5e-4,
-            clip_norm=0.0, warmup=0.0, ema=[], hard_loss="ce", label_smoothing=0.0, drop_path=0.0, crop_padding=0.125, crop_min_area=1.0,
-            mixup_alpha=0.0, cutmix_alpha=0.0, randaugment=RandAugmentParams(operations=0, magnitude=0.0, magnitude_std=0.0), erasing=0.0,
-            augment="batched",
+            clip_norm=0.0, warmup=0.0, warmup_lr=0.0, min_lr=0.0, milestones=[], ema=[], hard_loss="ce", label_smoothing=0.0,
+            drop_path=0.0, crop_padding=0.125, crop_min_area=1.0, mixup_alpha=0.0, cutmix_alpha=0.0,
+            randaugment=RandAugmentParams(operations=0, magnitude=0.0, magnitude_std=0.0), erasing=0.0, augment="batched",
         )  # fmt: skip
 
     @cached_property

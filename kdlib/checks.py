@@ -27,6 +27,7 @@ def check_names(study: Study) -> None:
     for name, recipe in study.recipes.items():
         _check_optimizer(f"recipes.{name}.optimizer", recipe)
         _check_groups(f"recipes.{name}.group_size", recipe)
+        _check_rates(f"recipes.{name}", recipe)
         if recipe.augment == "timm" and recipe.crop_padding:
             raise refuse(f"recipes.{name}.crop_padding", recipe.crop_padding, "0 with augment: timm, which has no such crop", "change one")
     for name, comparison in study.comparisons.items():
@@ -40,6 +41,19 @@ def _check_groups(key: str, recipe: Recipe) -> None:
     if recipe.group_size is not None and recipe.batch_size % recipe.group_size:
         sizes = [size for size in range(2, recipe.batch_size + 1) if recipe.batch_size % size == 0]
         raise refuse(key, recipe.group_size, f"a divisor of batch_size, {recipe.batch_size}: {sizes}", "change one of the two")
+
+
+def _check_rates(key: str, recipe: Recipe) -> None:
+    """A warm-up that rises, then one way down: by the cosine to min_lr, or by milestones."""
+    for name in ("warmup_lr", "min_lr"):
+        if getattr(recipe, name) > recipe.learning_rate:
+            raise refuse(f"{key}.{name}", getattr(recipe, name), f"at most the learning_rate, {recipe.learning_rate:g}", "make it smaller")
+    milestones = recipe.milestones
+    if milestones != sorted(set(milestones)) or any(share < recipe.warmup for share in milestones):
+        allowed = f"rising shares of all steps, none within the warm-up ({recipe.warmup:g})"
+        raise refuse(f"{key}.milestones", milestones, allowed, "change or sort them")
+    if milestones and recipe.min_lr:
+        raise refuse(f"{key}.min_lr", recipe.min_lr, "0 with milestones, which alone lower the rate", "change one of the two")
 
 
 def check_launch(study: Study) -> None:

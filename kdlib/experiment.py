@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from kdlib import config, identity
 from kdlib.checks import check_against_data, check_launch, check_method, check_names
-from kdlib.config import Study, refuse
+from kdlib.config import Comparison, Study, refuse
 from kdlib.data import prepare
-from kdlib.data.splits import DataSet, load, subset
+from kdlib.data.splits import DataSet, Index, load, subset
 from kdlib.losses import METHODS, looks_at
 from kdlib.models import Classifier, build
 from kdlib.models.loading import load_checkpoint
@@ -190,7 +190,7 @@ class Experiment:
         data, (teacher, digest) = self.data(comparison.data), self.teacher(comparison.teacher)
         setting = Setting(
             data,
-            subset(data.train.labels, comparison.fraction, seed),
+            _subset(data, comparison, seed),
             comparison.student,
             data.size,
             teacher,
@@ -231,7 +231,7 @@ class Experiment:
                 "data": comparison.data,
                 "classes": data.classes,
                 "fraction": comparison.fraction,
-                "train_images": len(subset(data.train.labels, comparison.fraction, plan.seed)),
+                "train_images": len(_subset(data, comparison, plan.seed)),
                 "teacher": comparison.teacher,
                 "student": comparison.student,
                 "recipe": comparison.recipe,
@@ -277,6 +277,11 @@ class Experiment:
                 f"teachers.{name}.checkpoint", params.checkpoint, "weights that give finite logits", f"choose another file ({error})"
             ) from error
         return folder
+
+
+def _subset(data: DataSet, comparison: Comparison, seed: int) -> Index:
+    """The training images of a comparison's runs of this seed, by their positions in the training split."""
+    return subset(data.train.labels, comparison.fraction, seed if comparison.subset_seed is None else comparison.subset_seed)
 
 
 def _job(plan: Planned, folder: Path) -> Job:

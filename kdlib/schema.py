@@ -101,7 +101,10 @@ class Recipe(Part):
     learning_rate: Positive
     weight_decay: NonNegative
     clip_norm: NonNegative  # of the gradient of student and adapters together; 0 switches it off
-    warmup: Annotated[float, Field(ge=0, lt=1)]  # share of all steps, linear from 0; then a cosine to 0
+    warmup: Annotated[float, Field(ge=0, lt=1)]  # share of all steps, linear from warmup_lr; then a cosine to min_lr
+    warmup_lr: NonNegative
+    min_lr: NonNegative
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]]  # shares of all steps at which the rate falls to a tenth; []: the cosine
     ema: list[Annotated[float, Field(gt=0, lt=1)]]  # decays of averaged weights, which are measured too
     hard_loss: Literal["ce", "bce", "none"]  # none: the teacher alone, whatever hard_weight says
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
@@ -149,6 +152,7 @@ class Comparison(Part):
 
     data: str
     fraction: Fraction
+    subset_seed: Seed | None  # draws which images the fraction holds, the same for every run; null: each run's own seed does
     teacher: str
     student: str
     recipe: str

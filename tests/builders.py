@@ -14,6 +14,7 @@ RECIPE = {
     **{"epochs": 2.0, "batch_size": 4, "optimizer": "sgd", "learning_rate": 0.1, "weight_decay": 0.0, "warmup": 0.0, "hard_loss": "ce"},
     **{"label_smoothing": 0.0, "drop_path": 0.0, "crop_padding": 0.0, "crop_min_area": 1.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0},
     **{"randaugment": RANDAUGMENT, "erasing": 0.0, "augment": "batched", "group_size": None, "repeats": 1, "clip_norm": 0.0, "ema": []},
+    **{"warmup_lr": 0.0, "min_lr": 0.0, "milestones": []},
 }
 DIGITS = {"source": "digits", "val_fraction": 0.1, "test_fraction": 0.2, "seed": 0, "hflip": 0.0}
 METHODS = {
@@ -26,7 +27,7 @@ GRIDS = {"kd": {"temperature": [1.0, 4.0], "weight": [1.0, 2.0]}, "dkd": {"beta"
 CHOSEN = {"kd": {"temperature": 4.0, "weight": 1.0}, "dkd": {"beta": 2.0, "temperature": 4.0}}
 
 LOOKS_AT = {"no_kd": "no teacher", "maps_only": "hint: maps", "ranks": "hint: embedding"}  # the others: logits
-PLACE = {"data": "digits", "teacher": "big", "student": "net", "sweep": None}
+PLACE = {"data": "digits", "subset_seed": None, "teacher": "big", "student": "net", "sweep": None}
 TABLES = ["data_scale", "recipes", "tuning", "cost", "measures"]
 
 # test top-1 by (comparison, variant), one number per seed 0, 1, 2

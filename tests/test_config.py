@@ -187,8 +187,8 @@ def wrong(value: object) -> st.SearchStrategy[Any]:
         return containers | st.text() | st.booleans() | st.none() | st.sampled_from([math.nan, math.inf, -math.inf])
     if isinstance(value, str):
         return containers | numbers | st.booleans() | st.none()
-    # null, where a text, keys or a size of 8 pixels or more may stand instead
-    return st.integers(max_value=7) | st.floats() | st.booleans() | st.lists(st.none(), max_size=2)
+    # null, where a text, keys, a size in pixels or a seed may stand instead
+    return st.integers(max_value=-1) | st.floats() | st.booleans() | st.lists(st.none(), max_size=2)
 
 
 SWITCHES = [f"study.compute.{name}" for name in ("compile", "resident", "ahead")]  # on, off, or the text "auto"
@@ -294,6 +294,8 @@ RANGES = {
     "recipes.weak.learning_rate": (0, -0.1),
     "recipes.weak.weight_decay": (-0.1,),
     "recipes.weak.warmup": (-0.1, 1),
+    "recipes.weak.warmup_lr": (-1e-6,),
+    "recipes.weak.min_lr": (-1e-6,),
     "recipes.weak.hard_loss": ("mse", "CE"),
     "recipes.weak.label_smoothing": (-0.1, 1),
     "recipes.weak.drop_path": (-0.1, 1),
@@ -305,6 +307,7 @@ RANGES = {
     "recipes.weak.randaugment.magnitude": (-1, 10.5),
     "recipes.weak.randaugment.magnitude_std": (-0.5,),
     "comparisons.small_weak.fraction": (0, -0.5, 1.2),
+    "comparisons.small_weak.subset_seed": (-1, 2**63, 1.0),
     "comparisons.tuned.sweep.seed": (-1,),
 }
 
@@ -323,6 +326,7 @@ EDGES = {
     "recipes.weak.epochs": 0.01,
     "recipes.weak.weight_decay": 0,
     "comparisons.small_weak.fraction": 1,
+    "comparisons.small_weak.subset_seed": 0,
     "recipes.weak.randaugment.operations": 0,
 }
 

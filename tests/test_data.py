@@ -394,6 +394,24 @@ def test_a_subset_is_stratified_sorted_and_repeatable(classes: list[int], fracti
     np.testing.assert_array_equal(chosen, splits.subset(labels, fraction, seed))
 
 
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.floats(0.001, 1.0), st.floats(0.001, 1.0), st.integers(0, 2**40))
+def test_subsets_of_one_seed_are_nested(classes: list[int], one: float, other: float, seed: int) -> None:
+    """So the 30 % of a study lie within its 60 %, and those within all."""
+    labels = np.array(classes, np.int64)
+    small, large = (set(splits.subset(labels, fraction, seed)) for fraction in sorted((one, other)))
+    assert small <= large
+
+
+def test_thirty_and_sixty_percent_of_classes_as_uneven_as_imagenets_are_stratified_to_one_image() -> None:
+    """ImageNet's classes have 732 to 1,300 training images."""
+    counts = np.random.default_rng(0).integers(732, 1301, 100)
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(100), counts))
+    for share in (0.3, 0.6):
+        held = np.bincount(labels[splits.subset(labels, share, 0)], minlength=100)
+        assert np.abs(held - share * counts).max() <= 0.5
+        assert abs(held.sum() - share * counts.sum()) < 30  # the roundings of 100 classes, which mostly cancel
+
+
 def test_a_subset_depends_on_its_seed_and_the_whole_is_the_whole() -> None:
     labels = np.repeat(np.arange(5), 40)
     assert not np.array_equal(splits.subset(labels, 0.1, 0), splits.subset(labels, 0.1, 1))

@@ -30,6 +30,7 @@ from kdlib.train import checkpoint
 from kdlib.train.answers import Answers
 from kdlib.train.fit import Fit
 from kdlib.train.learner import Learner
+from kdlib.train.run import Setting
 from kdlib.types import Asks, Batch, Output, Terms
 from tests import training
 from tests.training import method, setting, trained
@@ -170,6 +171,24 @@ def test_seeds_differ_in_start_views_and_subset(tmp_path: Path) -> None:
     assert not torch.equal(*orders)
     labels = np.repeat(np.arange(6), 16)
     assert set(subset(labels, 0.5, 0)) != set(subset(labels, 0.5, 1))
+
+
+def test_a_subset_seed_gives_all_seeds_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And trials too. Without one each seed draws its own; views and initialisation are each seed's own either way."""
+    params = training.content(methods=["kd"], seeds=(0, 1))
+    params["comparisons"][training.COMPARISON] |= {"sweep": {"seed": 7, "grids": {"kd": {"temperature": [1]}}}}
+    settings: dict[int | None, list[Setting]] = {None: [], 5: []}
+    for subset_seed, among in settings.items():
+        params["comparisons"][training.COMPARISON] |= {"subset_seed": subset_seed}
+        study = Experiment(training.fresh(tmp_path / str(subset_seed), params))
+        monkeypatch.setattr(study, "_complete", lambda setting, _, among=among: among.append(setting))
+        monkeypatch.setattr(study, "_export", lambda *_: tmp_path)
+        monkeypatch.setattr(study, "_chosen", lambda _: iter(()))
+        study.distill(training.COMPARISON)
+    labels = settings[5][0].data.train.labels
+    assert {among.seed for among in settings[5]} == {0, 1, 7}
+    assert all(np.array_equal(among.index, subset(labels, 0.5, 5)) for among in settings[5])
+    assert all(np.array_equal(among.index, subset(labels, 0.5, among.seed)) for among in settings[None])
 
 
 @pytest.mark.parametrize("images", [24, 48, 96])

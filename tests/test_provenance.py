@@ -46,12 +46,14 @@ REPEATS: dict[str, set[str]] = {
                 "ahead",
                 "answers",
                 "checkpoint",
+                "compiling",
                 "compute",
                 "fit",
                 "learner",
                 "measure",
                 "memory",
                 "norms",
+                "rates",
                 "run",
                 "signals",
                 "teacher",
@@ -349,6 +351,8 @@ def change(params: dict[str, Any], key: str, value: Any) -> None:
         ("methods.no_kd.hard_weight", 0.5, lambda run: run[1] == "no_kd"),
         ("recipes.strong.learning_rate", 0.05, lambda run: run[0] == "large_strong"),
         ("comparisons.small_weak.fraction", 0.75, lambda run: run[0] == "small_weak"),
+        ("comparisons.small_weak.subset_seed", 1, lambda run: run[0] == "small_weak" and run[2] != 1),  # seed 1 draws this one anyway
+        ("comparisons.large_strong.subset_seed", 1, lambda _: False),  # all images are all images
         ("comparisons.small_weak.methods", ["dist", "dkd", "kd"], lambda _: False),
         ("study.seeds", [1, 0], lambda _: False),
         ("study.confidence", 0.9, lambda _: False),

@@ -37,6 +37,9 @@ def recipe(**changes: object) -> Recipe:
         "weight_decay": 0.0,
         "clip_norm": 0.0,
         "warmup": 0.0,
+        "warmup_lr": 0.0,
+        "min_lr": 0.0,
+        "milestones": [],
         "ema": [],
         "hard_loss": "ce",
     }

@@ -20,6 +20,9 @@ _PLAIN: dict[str, Any] = {
     "weight_decay": 0.0005,
     "clip_norm": 0.0,
     "warmup": 0.1,
+    "warmup_lr": 0.0,
+    "min_lr": 0.0,
+    "milestones": [],
     "ema": [],
     "hard_loss": "ce",
     "label_smoothing": 0.0,
@@ -40,7 +43,7 @@ _STRONG = _PLAIN | {
     "cutmix_alpha": 1.0,
     "randaugment": {"operations": 2, "magnitude": 7, "magnitude_std": 0.5},
 }
-_STUDENT = {"data": "fractals", "teacher": "small", "student": "kd_resnet8_w8_s1"}
+_STUDENT = {"data": "fractals", "subset_seed": None, "teacher": "small", "student": "kd_resnet8_w8_s1"}
 
 _CONTENT: dict[str, Any] = {
     "study": {

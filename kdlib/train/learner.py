@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from timm.optim import create_optimizer_v2, param_groups_weight_decay  # type: ignore[attr-defined]
-from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +28,7 @@ from kdlib.train.compiling import Kind, Replayed, compiled, quickest
 from kdlib.train.compute import Compute
 from kdlib.train.memory import peak_bytes
 from kdlib.train.norms import RunningStatistics
+from kdlib.train.rates import scheduler, set_rate
 from kdlib.types import Asks, Batch, Output, Terms
 
 Row = dict[str, float | int | None]
@@ -68,9 +68,7 @@ class Learner:
         for adapters in param_groups_weight_decay(method, recipe.weight_decay):  # like the student's: biases and norms do not decay
             if adapters["params"]:
                 self.optimizer.add_param_group(adapters)
-        self.schedule = CosineLRScheduler(
-            self.optimizer, t_initial=total_steps, warmup_t=round(recipe.warmup * total_steps), t_in_epochs=False, warmup_lr_init=0.0
-        )
+        self.rates = scheduler(self.optimizer, recipe, total_steps)
         self.clip_norm, self.groups = recipe.clip_norm, recipe.groups // world()  # of this process
         # of weights and BatchNorm's statistics alike, as timm's are
         self.averages = {f"{decay:g}": ModelEmaV3(student.net, decay) for decay in recipe.ema}
@@ -132,8 +130,7 @@ class Learner:
         """The optimiser's step, when all groups of the batch were taken."""
         started = time.perf_counter()
         self._running.average()
-        # half a step in: neither the first nor the last step has a learning rate of zero
-        self.schedule.step_update(self.step + 0.5)  # type: ignore[arg-type]
+        set_rate(self.rates, self.step)
         if self.clip_norm:
             clip_grad_norm_([*self.student.parameters(), *self.method.parameters()], self.clip_norm)
         self.optimizer.step()
