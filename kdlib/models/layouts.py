@@ -34,6 +34,10 @@ _LAYOUTS = {
     "blocks.0.attn.qkv.weight": "a ViT in timm's layout",
     "layers.0.blocks.0.attn.relative_position_bias_table": "a Swin transformer",
     "encoder.layers.encoder_layer_0.self_attention.in_proj_weight": "a ViT in torchvision's layout",
+    "vit.embeddings.cls_token": "a ViT in Hugging Face's layout",
+    "beit.embeddings.cls_token": "a BEiT in Hugging Face's layout",
+    "convnextv2.embeddings.patch_embeddings.weight": "a ConvNeXt-V2 in Hugging Face's layout",
+    "resnet.embedder.embedder.convolution.weight": "a ResNet in Hugging Face's layout",
     "layer1.0.conv3.weight": "a ResNet with bottlenecks",
     "layer1.0.conv2.weight": "a ResNet with basic blocks",
 }
@@ -135,8 +139,9 @@ def looks_like(state: State) -> str:
     layout = next((words for marker, words in _LAYOUTS.items() if marker in state), "a layout that is not known here")
     blocks = {(found["stage"], found["block"]) for name in state if (found := _BLOCK.match(name))}
     counts = Counter(stage for stage, _ in sorted(blocks))
+    stages = [count for stage, count in counts.items() if not any(other.startswith(f"{stage}.") for other in counts)]
     first = next((value for value in state.values() if value.ndim == 4), None)
-    depth = f", {'-'.join(str(count) for count in counts.values())} blocks" if counts else ""
+    depth = f", {'-'.join(str(count) for count in stages)} blocks" if stages else ""
     width = f", {first.shape[0]} channels after a first layer of {first.shape[-1]} px" if first is not None else ""
     return layout + depth + width
 
