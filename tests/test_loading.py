@@ -265,7 +265,8 @@ def test_the_papers_own_models(tmp_path: Path, name: str) -> None:
     assert torch.equal(said(found, images), said(taught, images))
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # of timm's interpolation, about its speed
+# Both of timm's interpolation, about its own code.
+@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning", "ignore:Using a non-tuple sequence:UserWarning")
 @pytest.mark.parametrize("family", ["vit", "beitv2"])
 def test_positions_are_resized_as_timm_resizes_them(
     load: Callable[..., Classifier], capsys: pytest.CaptureFixture[str], family: str
