@@ -4,6 +4,7 @@ python -m kdlib.evaluate resnet50 resnet50.pth --data imagenet=/data/imagenet --
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -155,14 +156,23 @@ def _announced(model: str) -> dict[str, float]:
         return {}
 
 
+def _check(given: argparse.Namespace) -> None:
+    for option, value, least in (("size", given.size, 1), ("batch-size", given.batch_size, 1), ("workers", given.workers, 0)):
+        if value is not None and value < least:
+            raise refuse(f"--{option}", value, f"at least {least}", "change it")
+    if not 0 < given.crop <= 1:
+        raise refuse("--crop", given.crop, "a share > 0 and <= 1", "change it")
+    if not given.checkpoint.is_file():
+        raise refuse("CHECKPOINT", str(given.checkpoint), "a .safetensors or .pth file", "correct the path")
+
+
 def run(given: argparse.Namespace) -> None:
     """The command. Raises ``Refused``."""
+    _check(given)
     folders = _folders(given.data)
     looks = timm.get_pretrained_cfg(given.model) if timm.is_model(given.model) else None
     if looks is None:
         raise refuse("MODEL", given.model, "a timm model", "see timm.list_models()")
-    if not given.checkpoint.is_file():
-        raise refuse("CHECKPOINT", str(given.checkpoint), "a .safetensors or .pth file", "correct the path")
     view = View(given.size or looks.input_size[-1], given.crop, looks.interpolation)
     sets = [open_set(name, folder, given.real_labels) for name, folder in folders.items()]
     try:
@@ -191,7 +201,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="pixels (default: the model's own)")
     parser.add_argument("--crop", type=float, default=0.95, help="share of the resized image that is looked at (default: 0.95)")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--workers", type=int, default=8, help="processes that decode")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that decode (default: one per core)")
     parser.add_argument("--csv", type=Path, default=Path("evaluation.csv"), help="where the table goes (default: evaluation.csv)")
     try:
         run(parser.parse_args())
