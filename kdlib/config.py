@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ __all__ = [
     "parse",
     "read",
     "refuse",
+    "some",
     "trials",
 ]
 
@@ -110,6 +111,12 @@ def known(key: str, found: str, names: Iterable[str]) -> str:
     if found in names:
         return found
     raise refuse(key, found, ", ".join(names[:20]) or "nothing is defined", _closest(found, names))
+
+
+def some(names: Sequence[str], shown: int = 5) -> str:
+    """The first of many names for a message of one line, and how many more there are."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def find_root(start: Path | None = None) -> Path:

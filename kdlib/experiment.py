@@ -268,7 +268,8 @@ class Experiment:
         """A checkpoint from elsewhere as a finished run of the store: measured, and in our weights' format."""
         params = self.study.teachers[name]
         path, size = self.root / str(params.checkpoint), params.size or data.size
-        classifier = load_checkpoint(f"teachers.{name}.checkpoint", path, params.model, data, size).to(self.device)
+        shape = (data.classes, data.channels, size)
+        classifier = load_checkpoint(f"teachers.{name}.checkpoint", path, params.model, shape).to(self.device)
         folder = self.store.run(fingerprint("checkpoint", identity.of_file(path), params.model, size, data.fingerprint))
         try:
             write_measured(folder, classifier, data, self.device)

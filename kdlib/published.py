@@ -55,3 +55,11 @@ def _accuracies(published: pd.DataFrame, tables: list[str]) -> pd.DataFrame:
     rows = published[published["table"].isin(tables) & (published["metric"] == "top1")].reset_index(drop=True)
     rows = rows.rename(columns={"dataset": "data"}).assign(top1=rows["value"] / 100)
     return rows[["data", "teacher", "student", "recipe", "epochs", "method", "top1", "kind", "source"]]
+
+
+def announced(published: pd.DataFrame, model: str) -> dict[str, float]:
+    """What the authors' readmes say of the file that they released of ``model``, by metric, as shares: of a student, or of a teacher."""
+    student = (published["student"] == model) & published["source"].str.contains("model zoo", regex=False)
+    teacher = (published["teacher"] == model) & (published["table"] == "teachers")
+    rows = published[(student | teacher).fillna(False) & (published["dataset"] == "imagenet1k")]
+    return {str(metric): value / 100 for metric, value in zip(rows["metric"], rows["value"], strict=True)}

@@ -76,12 +76,13 @@ REPEATS_NOTHING = {
         "kdlib.provenance",
         "kdlib.store",
     ),
-    "kdlib.models.loading",  # a checkpoint is known by its bytes, and measured anew each time
+    *("kdlib.models.layouts", "kdlib.models.loading"),  # a checkpoint is known by its bytes, and measured anew each time
     *("kdlib.data", "kdlib.losses"),  # registries: name -> module
     *("kdlib.train.progress", "kdlib.train.workers", "kdlib.train.launch", "kdlib.train.schedule"),  # what is shown, and where it is done
-    *(f"kdlib.data.{name}" for name in ("chaos", "cifar100", "digits", "files", "folder", "fractals", "imagenet")),
+    *(f"kdlib.data.{name}" for name in ("chaos", "cifar100", "digits", "evaluation_sets", "files", "folder", "fractals", "imagenet")),
     *("kdlib.toy", "kdlib.disagreements", *(f"kdlib.disagreements.{name}" for name in ("base", "features", "logits"))),
-    *("kdlib.results", "kdlib.published", "kdlib.stats", "kdlib.show", "kdlib.explore", "kdlib.export", "kdlib.notebook", "kdlib.study"),
+    *("kdlib.results", "kdlib.published", "kdlib.stats", "kdlib.show", "kdlib.explore", "kdlib.export", "kdlib.evaluate"),
+    *("kdlib.notebook", "kdlib.study"),
     *("kdlib.plots", *(f"kdlib.plots.{name}" for name in ("by_method", "curves", "scales", "style", "tuning"))),
     *(
         "kdlib.tables",
