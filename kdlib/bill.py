@@ -36,6 +36,30 @@ def screen(rows: Sequence[Row]) -> str:
     return "\n".join(_line(line, widths, names) for line in (heads, *cells))
 
 
+def notes(rows: Sequence[Row], where: str, steps: int, processes: int) -> list[str]:
+    """What is to be known beside the numbers, of a plan made on a device by so many steps, for processes that train together."""
+    told = [f"{data}: images are counted by the data stage, which has not run" for data in unknown(rows)]
+    if steps:
+        told += [
+            f"img/s (through all students) and memory (torch's own) are those of one process on {where}, from {steps} steps on random",
+            "images that lie in memory, without a search for what compiling gains; time is without validation and tests, and does not",
+            "know what is finished already",
+        ]
+    wall = total([row.forecast for row in rows]).wall_hours
+    if processes > 1 and wall is not None:
+        told.append(f"time is that of one of {processes} processes times {processes}; on the clock, if they do not wait, {duration(wall)}")
+    for row in rows:
+        if row.live_bytes:
+            size = short(row.live_bytes, "B")
+            told.append(f"{row.name}: answers to the views of a seed take {size}, more than study.answers_gb: the teacher stays live")
+    return told
+
+
+def unknown(rows: Sequence[Row]) -> list[str]:
+    """Data sets whose images are not counted yet."""
+    return sorted({row.data for row in rows if row.forecast.images is None})
+
+
 def _line(cells: Sequence[str], widths: Sequence[int], names: int) -> str:
     shown = [cell if len(cell) <= width else cell[: width - 1] + "…" for cell, width in zip(cells, widths, strict=True)]
     aligned = [cell.ljust(width) if i < names else cell.rjust(width) for i, (cell, width) in enumerate(zip(shown, widths, strict=True))]

@@ -61,6 +61,7 @@ class Row:
     teacher: str | None
     recipe: str
     forecast: Forecast
+    live_bytes: int = 0  # of the teacher's answers to the views of one seed, where they are too many to be kept
 
 
 def forecast(stages: Sequence[Sequence[Cost]], images: int, machine: Machine, answers_bytes: int) -> Forecast:
@@ -115,9 +116,9 @@ def checkpoints(groups: Sequence[Cost], processes: int) -> int:
     return NEWEST * sum(heapq.nlargest(processes, (cost.checkpoint_bytes for cost in groups)))
 
 
-def step_seconds(passes: float, step: float, groups: int) -> float:
-    """Of a batch of mix groups, from those of the passes of one group and those of the optimiser's step."""
-    return groups * passes + step
+def seconds_an_image(passes: tuple[float, int], update: tuple[float, int]) -> float:
+    """From (seconds, images) of forward and backward passes, and of the optimisers' step, which is one for all images of a batch."""
+    return passes[0] / passes[1] + update[0] / update[1]
 
 
 def extrapolated(less: tuple[int, int], more: tuple[int, int], images: int) -> int:

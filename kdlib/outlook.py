@@ -88,6 +88,13 @@ class Outlook:
         self.work = {f"teachers.{name}": teaching(experiment, name) for name, item in self.study.teachers.items() if not item.checkpoint}
         self.work |= {f"comparisons.{name}": stages(experiment, name) for name in self.study.comparisons}
 
+    @property
+    def where(self) -> str:
+        """The device, in words."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"this CPU, {self.cores} side by side" if self.cores > 1 else "this CPU"
+
     def rows(self) -> list[Row]:
         """The teachers that are to be trained, then the comparisons. Raises ``Refused`` for the first that memory is too small for."""
         users: dict[Kind, str] = {}  # of each kind whose data are known the first
@@ -130,27 +137,29 @@ class Outlook:
     def _row(self, key: str, costs: Mapping[Kind, Cost], kept: dict[object, int]) -> Row:
         its, (section, name) = self.work[key], key.split(".")
         kind = its[0][0][0]
-        if kind.data in self.facts:
-            recipe = self.study.recipes[kind.recipe]
-            steps = total_steps(recipe, self.facts[kind.data].train_images)
-            answers = self._answers(name, costs, steps, kept) if kind.teacher else 0
-            found = [[costs[kind] for kind, _ in stage] for stage in its]
-            of = forecast(found, steps * recipe.batch_size, self.machine, answers)
-        else:
-            of = Forecast(sum(len(kind.methods) for stage in its for kind, _ in stage))
-        return Row(section.removesuffix("s"), name, kind.data, kind.student, kind.teacher, kind.recipe, of)
+        about = section.removesuffix("s"), name, kind.data, kind.student, kind.teacher, kind.recipe
+        if kind.data not in self.facts:
+            return Row(*about, Forecast(sum(len(kind.methods) for stage in its for kind, _ in stage)))
+        recipe = self.study.recipes[kind.recipe]
+        steps = total_steps(recipe, self.facts[kind.data].train_images)
+        answers, live = self._answers(name, costs, steps, kept) if kind.teacher else (0, 0)
+        found = [[costs[kind] for kind, _ in stage] for stage in its]
+        return Row(*about, forecast(found, steps * recipe.batch_size, self.machine, answers), live)
 
-    def _answers(self, name: str, costs: Mapping[Kind, Cost], steps: int, kept: dict[object, int]) -> int:
-        """Bytes of teachers' answers that a comparison adds to those that are kept: of the same views once."""
-        comparison = self.study.comparisons[name]
+    def _answers(self, name: str, costs: Mapping[Kind, Cost], steps: int, kept: dict[object, int]) -> tuple[int, int]:
+        """Bytes of teachers' answers that a comparison adds to those that are kept, of the same views once; and of those to one seed's
+        views where they are too many."""
+        comparison, most = self.study.comparisons[name], round(1e9 * self.study.study.answers_gb)
         views = json.dumps(self.study.recipes[comparison.recipe].views(), sort_keys=True)
-        added = 0
+        added = live = 0
         for kind, seed in (group for stage in self.work[f"comparisons.{name}"] for group in stage):
             size, to = steps * costs[kind].answers_bytes, (comparison.data, comparison.fraction, comparison.teacher, views, seed)
-            if kept.get(to, 0) < size <= 1e9 * self.study.study.answers_gb:
+            if size > most:
+                live = max(live, size)
+            elif size > kept.get(to, 0):
                 added += size - kept.get(to, 0)
                 kept[to] = size
-        return added
+        return added, live
 
 
 def too_large(kind: Kind, user: str, group: int, needed: int | None, room: int, peak: Callable[[int], int | None]) -> Refused:

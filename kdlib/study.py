@@ -57,10 +57,10 @@ def plan(root: Path, steps: int) -> None:
     from kdlib.experiment import Experiment  # noqa: PLC0415 (see ``check``)
     from kdlib.outlook import Outlook, check_disk  # noqa: PLC0415
 
-    experiment = Experiment(root)
-    rows = Outlook(experiment, steps).rows()
+    outlook = Outlook(Experiment(root), steps)
+    rows = outlook.rows()
     write_csv(root / PLAN, bill.frame(rows))
-    print(bill.screen(rows))
+    print(bill.screen(rows), *bill.notes(rows, outlook.where, steps, outlook.machine.together), f"the same as CSV: {root / PLAN}", sep="\n")
     check_disk(total([row.forecast for row in rows]), shutil.disk_usage(project(root)).free)
 
 
@@ -197,7 +197,7 @@ def main() -> None:
         commands.add_parser(name).add_argument("study", nargs="?")
     planning = commands.add_parser("plan")
     planning.add_argument("study", nargs="?")
-    planning.add_argument("--steps", type=int, default=5)
+    planning.add_argument("--steps", type=int, choices=range(1001), metavar="N", default=5)
     commands.add_parser("gc").add_argument("--free", action="store_true")
     given = parser.parse_args()
     try:

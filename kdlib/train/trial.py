@@ -9,14 +9,15 @@ import psutil
 import torch
 from safetensors.torch import save
 
-from kdlib.forecast import BACKWARD, Cost, extrapolated, step_seconds
+from kdlib.forecast import BACKWARD, Cost, extrapolated, seconds_an_image
 from kdlib.losses.base import Method
 from kdlib.train.answers import Answers
 from kdlib.train.compute import answering, choose
 from kdlib.train.fit import Fit
 from kdlib.train.learner import Learner, asked_of_teacher, total_steps
+from kdlib.train.measure import predict
 from kdlib.train.memory import peak_bytes
-from kdlib.train.run import Setting, forward_flops, new_learner, views, weights
+from kdlib.train.run import EVALUATION_BATCH, Setting, forward_flops, new_learner, views, weights
 
 Methods = Mapping[str, Callable[[], Method]]  # by the name of the run
 WARM_UP = 2  # steps: kernels are chosen and an optimiser's state is made in the first, all is in its place in the second
@@ -102,8 +103,7 @@ def cost(setting: Setting, methods: Methods, steps: int, processes: int) -> Cost
     step = trial.go(steps, trial.ahead)
     update = min(trial.advance() for _ in range(steps))
     del begun, trial
-    groups = setting.recipe.groups // processes
-    seconds = step_seconds(step - update, update, groups) / (groups * images)
+    seconds = seconds_an_image((step - update, images), (update, setting.recipe.batch_size // processes))
     return replace(found, seconds=seconds, peak_bytes=_of_whole_group(setting, methods, images, peak))
 
 
@@ -143,15 +143,19 @@ class _Counted:
 
 
 def _begun(setting: Setting, methods: Methods) -> tuple[int, Trial] | None:
-    """Peak memory of the first steps, from nothing on, and how it goes on; None where the device has not so much."""
+    """Peak memory of the first steps and of what is measured afterwards, and how it goes on; None where the device has not so much."""
     made = []
 
     def begin() -> None:
         made.append(Trial(setting, methods))
         made[0].go(WARM_UP, ahead=0)  # the CPU's memory is watched in this thread
+        if setting.device.type == "cuda":  # on a CPU it would take minutes
+            for model in (made[0].learners[0].student, *([setting.teacher] if setting.teacher else ())):
+                predict(model, setting.data.val.images[:EVALUATION_BATCH], EVALUATION_BATCH, setting.device)
 
+    there = sum(tensor.nbytes for tensor in setting.teacher.state_dict().values()) if setting.teacher else 0
     try:
-        return peak_bytes(begin, setting.device), made[0]
+        return there + peak_bytes(begin, setting.device), made[0]
     except torch.OutOfMemoryError:
         return None
 
