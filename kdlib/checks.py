@@ -10,14 +10,13 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
 from torch import nn
 
-from kdlib.config import FILE, DataSource, Recipe, Refused, Study, known, refuse
+from kdlib.config import FILE, Recipe, Refused, Study, known, refuse
+from kdlib.data.imagined import Shape, declared
 from kdlib.data.splits import DataSet, subset
 from kdlib.losses import METHODS
 from kdlib.models import build
 from kdlib.plan import methods_of, trials_of
 from kdlib.types import OutputShape
-
-Shape = tuple[int, int, int]  # classes, channels, size in pixels
 
 
 def check_names(study: Study) -> None:
@@ -34,7 +33,7 @@ def check_names(study: Study) -> None:
         for trial in trials_of(comparison, study):
             check_method(f"comparisons.{name}.sweep.grids.{trial.method}", trial.method, trial.parameters)
     for data, source in study.data.items():
-        _check_users(study, data, _declared(source))
+        _check_users(study, data, declared(source))
 
 
 def _check_groups(key: str, recipe: Recipe) -> None:
@@ -166,15 +165,6 @@ def _check_optimizer(key: str, recipe: Recipe) -> None:
         optimizer.step()
     except (RuntimeError, AssertionError, ImportError, TypeError, ValueError) as error:
         raise refuse(key, recipe.optimizer, f"an optimiser that works on this machine ({error})", "choose another, such as sgd") from error
-
-
-def _declared(source: DataSource) -> Shape:
-    """What params.yaml alone tells of a data set. Where it does not tell the classes, many: only their lack is ever refused."""
-    if source.source == "digits":
-        return 10, 1, 8
-    if source.source == "fractals":
-        return source.classes, 1, source.size
-    return (100, 3, 32) if source.source == "cifar100" else (1000, 3, source.size)
 
 
 def _check_batch(study: Study, recipe: str, user: str, images: int) -> None:

@@ -3,6 +3,7 @@
 python -m kdlib.study run [NAME]       what `make study` does; NAME: a folder of studies/; without it the study that one stands in
 python -m kdlib.study join [NAME]      on every machine but the first of study.launch: train with it until interrupted
 python -m kdlib.study check [NAME]     params.yaml alone, in seconds
+python -m kdlib.study plan [NAME]      what it will cost, from a few steps (--steps; 0: without hours and memory); also build/plan.csv
 python -m kdlib.study readme [NAME]    the headline between README's markers
 python -m kdlib.study gc               what store and cache hold; with --free, delete what no study of the project uses at present
 """
@@ -19,13 +20,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from kdlib import config, tables
+from kdlib import bill, config, tables
 from kdlib.config import Refused
-from kdlib.results import DISTILL, TEACHERS, read_json, write_text
+from kdlib.forecast import total
+from kdlib.results import DISTILL, TEACHERS, read_json, write_csv, write_text
 from kdlib.store import ANSWERS, Store, beside_dvc_cache, dvc_cache, project, size
 
 STUDIES = "studies"  # of the project: all but the default one, which is the project's own folder
 VERDICTS = "results/verdicts.csv"
+PLAN = "build/plan.csv"
 SHIPPED = ".state/shipped_verdicts.csv"  # without git: the verdicts that came with the files
 MARKERS = "results"
 
@@ -47,6 +50,18 @@ def check(root: Path) -> None:
     from kdlib.experiment import Experiment  # noqa: PLC0415 (3 s of imports that `gc` and `readme` do without)
 
     Experiment(root)
+
+
+def plan(root: Path, steps: int) -> None:
+    """Print what a study costs, and write it to build/plan.csv. Raises ``Refused`` for what fits neither memory nor disk."""
+    from kdlib.experiment import Experiment  # noqa: PLC0415 (see ``check``)
+    from kdlib.outlook import Outlook, check_disk  # noqa: PLC0415
+
+    outlook = Outlook(Experiment(root), steps)
+    rows = outlook.rows()
+    write_csv(root / PLAN, bill.frame(rows))
+    print(bill.screen(rows), *bill.notes(rows, outlook.where, steps, outlook.machine.together), f"the same as CSV: {root / PLAN}", sep="\n")
+    check_disk(total([row.forecast for row in rows]), shutil.disk_usage(project(root)).free)
 
 
 def run(root: Path) -> None:
@@ -180,11 +195,16 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("run", "join", "check", "readme"):
         commands.add_parser(name).add_argument("study", nargs="?")
+    planning = commands.add_parser("plan")
+    planning.add_argument("study", nargs="?")
+    planning.add_argument("--steps", type=int, choices=range(1001), metavar="N", default=5)
     commands.add_parser("gc").add_argument("--free", action="store_true")
     given = parser.parse_args()
     try:
         if given.command == "gc":
             gc(config.find_root(), given.free)
+        elif given.command == "plan":
+            plan(find(given.study), given.steps)
         else:
             {"run": run, "join": join, "check": check, "readme": readme}[given.command](find(given.study))
     except Refused as error:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,6 +31,8 @@ from kdlib.train.fit import Fit
 from kdlib.train.learner import Learner, asked_of_teacher, total_steps
 from kdlib.train.measure import measure, predict
 from kdlib.train.teacher import Teacher
+
+Images = UInt8[np.ndarray, "samples height width channels"] | UInt8[Tensor, "samples height width channels"]
 
 EVALUATION_BATCH = 512
 GPU_TOLERANCE = 0.05  # of a logit: sums there are not repeated in the same order
@@ -73,17 +75,8 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
     steps = total_steps(recipe, len(data.train.labels))
     compute = choose(setting.compute, setting.device, recipe, steps, data.train.images.nbytes)
     images = torch.from_numpy(np.array(data.train.images)).to(setting.device) if compute.resident else data.train.images
-    stream = ViewStream(
-        images,
-        data.train.labels,
-        setting.index,
-        classes=data.classes,
-        recipe=recipe,
-        hflip=data.hflip,
-        seed=setting.seed,
-        device=setting.device,
-    )
-    learners = [_learner(setting, job, steps, compute) for job in jobs]
+    stream = views(setting, images)
+    learners = [_started(setting, job, steps, compute) for job in jobs]
     wait_for_all()  # all have read the checkpoints before the first one writes another
     folders = {id(learner): job.folder for learner, job in zip(learners, jobs, strict=True)}
     batch = stream.batch(0)
@@ -124,14 +117,35 @@ def _save(folder: Path, learner: Learner) -> None:
         checkpoint.save(folder, learner.step, state)
 
 
-def _learner(setting: Setting, job: Job, steps: int, compute: Compute) -> Learner:
+def views(setting: Setting, images: Images) -> ViewStream:
+    """The stream of the training views; ``images``: of the training split, wherever they lie."""
+    data = setting.data
+    return ViewStream(
+        images,
+        data.train.labels,
+        setting.index,
+        classes=data.classes,
+        recipe=setting.recipe,
+        hflip=data.hflip,
+        seed=setting.seed,
+        device=setting.device,
+    )
+
+
+def new_learner(setting: Setting, name: str, make: Callable[[], Method], steps: int, compute: Compute) -> Learner:
+    """At the beginning of its training."""
     data = setting.data
     seed_torch(setting.seed, "init")  # of student and adapters: the same start for every method
     student = build(setting.student, data.classes, data.channels, setting.size, setting.recipe.drop_path).to(setting.device)
-    method = job.method()
+    method = make()
     labels = torch.from_numpy(np.asarray(data.train.labels[setting.index], np.int64))
     method.adapt(student.shape, (setting.teacher or student).shape, labels)
-    learner = Learner(job.name, student, method.to(setting.device), setting.recipe, total_steps=steps, seed=setting.seed, compute=compute)
+    return Learner(name, student, method.to(setting.device), setting.recipe, total_steps=steps, seed=setting.seed, compute=compute)
+
+
+def _started(setting: Setting, job: Job, steps: int, compute: Compute) -> Learner:
+    """From where its checkpoint left off."""
+    learner = new_learner(setting, job.name, job.method, steps, compute)
     state = checkpoint.newest(job.folder)
     if state is not None:
         learner.load_state_dict(state)
