@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdlib.config import ComputeParams, Recipe, Refused
+from kdlib.data.originals import Originals
 from kdlib.data.splits import DataSet, Split
 from kdlib.data.stream import ViewStream
 from kdlib.losses.base import Method
@@ -71,10 +72,10 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
     """
     data, recipe = setting.data, setting.recipe
     steps = total_steps(recipe, len(data.train.labels))
-    compute = choose(setting.compute, setting.device, recipe, steps, data.train.images.nbytes)
-    images = torch.from_numpy(np.array(data.train.images)).to(setting.device) if compute.resident else data.train.images
+    images = data.train.images
+    compute = choose(setting.compute, setting.device, recipe, steps, None if isinstance(images, Originals) else images.nbytes)
     stream = ViewStream(
-        images,
+        torch.from_numpy(np.array(images)).to(setting.device) if compute.resident else images,
         data.train.labels,
         setting.index,
         classes=data.classes,
