@@ -148,7 +148,7 @@ def test_boxes_lie_inside_with_the_drawn_area_and_aspect() -> None:
     assert np.median(np.log(aspect[area < 0.6])) == pytest.approx(0, abs=0.03)
 
 
-@pytest.mark.parametrize(("height", "width"), [(8, 8), (32, 8), (8, 32), (30, 24), (1, 5), (5, 1)])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (32, 8), (8, 32), (1, 5), (5, 1)])
 def test_boxes_fall_back_to_what_torchvision_falls_back_to(height: int, width: int) -> None:
     boxes = augment.draw_boxes(np.random.default_rng(4), 1.0, sides(50, height, width))  # none of all the area has another aspect
     image = Image.new("L", (width, height))

@@ -141,7 +141,9 @@ def open_split(folder: Path, split: str, facts: dict[str, Any], size: int) -> Or
     return Originals(folder, split, place(f"data.{folder.name}.path", facts["path"]), size, facts["crop_pct"], files, places)
 
 
-def in_turn(images: UInt8[np.ndarray, "images height width channels"] | Originals, parts: Iterable[Rows]) -> Iterator[np.ndarray]:
+def in_turn(
+    images: UInt8[np.ndarray, "images height width channels"] | Originals, parts: Iterable[Int[np.ndarray, " _"]]
+) -> Iterator[np.ndarray]:
     """``images[rows]`` of each part. What has to be decoded is asked for one part earlier."""
     if not isinstance(images, Originals):
         yield from (images[rows] for rows in parts)

@@ -26,5 +26,5 @@ def check_layout(key: str, root: Path) -> None:
     missing = [name for name in ("train", "val") if not (root / name).is_dir()]
     if missing:
         there = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-        found = f"{root} without {'/ and '.join(missing)}/, with {there}"
+        found = f"no {' and no '.join(str(root / name) for name in missing)}, but {there}"
         raise config.refuse(key, found, "a folder that holds train/ and val/", "correct the path")

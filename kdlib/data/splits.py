@@ -101,6 +101,8 @@ def load(folder: Path) -> DataSet:
         keep = ("name", "classes", "class_names", "size", "channels", "hflip", "fingerprint")
         fields = {field: facts[field] for field in keep} | {field: tuple(facts[field]) for field in ("mean", "std")}
         return DataSet(**fields, **{split: _open(folder, split, facts) for split in SPLITS})  # type: ignore[arg-type]
+    except config.Refused:  # of the path that its images lie in
+        raise
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         found = f"{folder}: {' '.join(str(error).split())}"
         raise config.refuse(f"data.{folder.name}", found, "a complete data set folder", "run the data stage again") from error
