@@ -149,7 +149,7 @@ def test_without_memory_to_spare_nothing_is_kept(listed: DataSet, monkeypatch: p
     monkeypatch.setattr(originals, "KEPT_SHARE", 0.0)
     images = copy.deepcopy(listed.test.images)
     np.testing.assert_array_equal(images[:], expected)
-    assert not images._kept
+    assert images._kept is None
 
 
 def test_a_split_in_parts(listed: DataSet) -> None:

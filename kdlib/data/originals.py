@@ -1,9 +1,10 @@
 """Images that stay in their files: where each one lies, and its pixels when they are wanted. 28 bytes per image and its file's name."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ KEPT_SHARE = 0.25  # of the memory that is free: what evaluation has decoded is 
 
 Rows = Int[np.ndarray, " batch"]
 Levels = UInt8[np.ndarray, "batch size size 3"]
+Wanted = tuple[Any, np.ndarray]  # a view of an image, as what makes it takes it; and the array [size, size, 3] that it goes to
 Files = np.ndarray  # names, relative to the data set's path, as bytes: a list of 1.3 million Python strings would take 150 MB
 
 
@@ -68,7 +70,6 @@ class Originals:
     crop_pct: float
     files: Files
     places: np.ndarray
-    _kept: list[tuple[Levels, Bool[np.ndarray, " images"]]] = field(default_factory=list, init=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -88,49 +89,69 @@ class Originals:
         first, length, crc, *_ = self.places[row].item()
         return Place(os.path.join(self.root, os.fsdecode(self.files[row])), first, length, crc)  # noqa: PTH118 (a hundred times as fast)
 
-    def ask(self, work: Callable[..., Levels], rows: Sequence[int], wanted: Sequence[Sequence[Any]], *more: Any) -> Callable[[], Levels]:
-        """Have ``work`` make of each row what is wanted of it; the returned function waits for it.
+    def ask(self, work: Callable[..., Levels], wanted: dict[int, list[Wanted]], *more: Any) -> Callable[[], None]:
+        """Have ``work`` make of each row what is wanted of it; the returned function waits until all lie in their homes.
 
         Raises ``Refused`` then, naming the file, if one is not what it was.
         """
-        units = [(self.place(row), each) for row, each in zip(rows, wanted, strict=True)]
-        asked = [pool().ask(work, units[start : start + CHUNK], *more) for start in range(0, len(units), CHUNK)]
-        return partial(self._wait, asked)
+        asked, rows = [], list(wanted)
+        for start in range(0, len(rows), CHUNK):
+            chunk = rows[start : start + CHUNK]
+            units = [(self.place(row), [view for view, _ in wanted[row]]) for row in chunk]
+            homes = [home for row in chunk for _, home in wanted[row]]
+            asked.append(pool().ask(work, units, *more, then=partial(_deal, homes)))
+        return cache(partial(self._wait, asked))
 
-    def _wait(self, asked: Sequence[Callable[[], Levels]]) -> Levels:
+    def _wait(self, asked: Sequence[Callable[[], None]]) -> None:
         try:
-            return np.concatenate([each() for each in asked])
+            for each in asked:
+                each()
         except Changed as error:
             allowed = "the images that the data stage has listed"
             raise config.refuse(self.key, str(error), allowed, "restore this file, or run the data stage again") from error
 
     def read(self, rows: Rows) -> Callable[[], Levels]:
-        """What returns ``self[rows]`` when it is there."""
-        if not self._kept and self._may_keep():
-            shape = (len(self), self.size, self.size, 3)
-            self._kept.append((np.empty(shape, np.uint8), np.zeros(len(self), np.bool_)))
-        wanted = rows[~self._kept[0][1][rows]] if self._kept else rows
-        waiting = self.ask(pixels.views, wanted.tolist(), [[None]] * len(wanted), self.size, self.crop_pct) if len(wanted) else None
+        """What returns ``self[rows]`` when it is there. What was decoded once is kept if there is room for all."""
+        if self._kept is None:
+            made = np.empty((len(rows), self.size, self.size, 3), np.uint8)
+            return partial(_after, self._evaluated(rows.tolist(), made), lambda: made)
+        kept, there = self._kept
+        missing = np.unique(rows[~there[rows]])
+        waiting = self._evaluated(missing.tolist(), (kept[row] for row in missing))
 
         def found() -> Levels:
-            made = waiting() if waiting else np.empty((0, self.size, self.size, 3), np.uint8)
-            if not self._kept:
-                return made
-            kept, there = self._kept[0]
-            kept[wanted], there[wanted] = made, True
+            there[missing] = True
             return np.asarray(kept[rows])
 
-        return found
+        return partial(_after, waiting, found)
 
-    def _may_keep(self) -> bool:
-        """Whether the pixels of all may stay in memory: beside what other processes of this machine keep."""
+    def _evaluated(self, rows: list[int], homes: Iterable[np.ndarray]) -> Callable[[], None]:
+        wanted: dict[int, list[Wanted]] = {}
+        for row, home in zip(rows, homes, strict=True):
+            wanted.setdefault(row, []).append((None, home))
+        return self.ask(pixels.views, wanted, self.size, self.crop_pct)
+
+    @cached_property
+    def _kept(self) -> tuple[Levels, Bool[np.ndarray, " images"]] | None:
+        """Room for the pixels of all, and which are there: if it is little, beside what other processes of this machine keep."""
         share = KEPT_SHARE * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return bool(len(self) * self.size**2 * 3 <= share)
+        shape = (len(self), self.size, self.size, 3)
+        return (np.empty(shape, np.uint8), np.zeros(len(self), np.bool_)) if math.prod(shape) <= share else None
 
     def __getitem__(self, rows: int | np.integer | slice | Rows) -> UInt8[np.ndarray, "*batch size size 3"]:
         if isinstance(rows, int | np.integer):
             return np.asarray(self.read(np.array([rows]))()[0])
         return self.read(np.arange(len(self))[rows])()
+
+
+def _deal(homes: Sequence[np.ndarray], made: Levels) -> None:
+    for home, view in zip(homes, made, strict=True):
+        home[...] = view
+
+
+def _after(waiting: Callable[[], None], found: Callable[[], Levels]) -> Levels:
+    waiting()
+    return found()
 
 
 def open_split(folder: Path, split: str, facts: dict[str, Any], size: int) -> Originals:

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from kdlib.data.originals import Originals
+from kdlib.data.originals import Originals, Wanted
 
 AHEAD = 2  # steps; each holds batch_size x 3 size^2 bytes of this process's groups
 
@@ -40,21 +39,17 @@ class Reading:
         return self._asked[step]()[group]
 
     def _ask(self, step: int, groups: range) -> Callable[[], dict[int, Levels]]:
-        views: dict[int, list[Any]] = {}  # by image
-        homes: dict[int, list[tuple[int, int]]] = {}
+        made: dict[int, Levels] = {}
+        wanted: dict[int, list[Wanted]] = {}
         for group in groups:
-            rows, each = self.wanted(step, group)
-            for i, (row, view) in enumerate(zip(rows.tolist(), each, strict=True)):
-                views.setdefault(row, []).append(view)
-                homes.setdefault(row, []).append((group, i))
-        waiting = self.images.ask(self.work, list(views), list(views.values()), *self.more)
-        return cache(partial(_dealt, waiting, [home for those in homes.values() for home in those]))
+            rows, views = self.wanted(step, group)
+            made[group] = np.empty((len(rows), self.images.size, self.images.size, 3), np.uint8)
+            for row, view, home in zip(rows.tolist(), views, made[group], strict=True):
+                wanted.setdefault(row, []).append((view, home))
+        waiting = self.images.ask(self.work, wanted, *self.more)
 
+        def there() -> dict[int, Levels]:
+            waiting()
+            return made
 
-def _dealt(waiting: Callable[[], Levels], homes: Sequence[tuple[int, int]]) -> dict[int, Levels]:
-    """Each view to its place in its group."""
-    made = waiting()
-    order: dict[int, list[tuple[int, int]]] = {}
-    for number, (group, i) in enumerate(homes):
-        order.setdefault(group, []).append((i, number))
-    return {group: made[[number for _, number in sorted(places)]] for group, places in order.items()}
+        return there

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
-Result = TypeVar("Result")
+Made = TypeVar("Made")
 END_SECONDS = 5.0  # that a process has to end what it is doing
 
 
@@ -45,7 +45,7 @@ class Pool:
     """
 
     def __init__(self, workers: int) -> None:
-        self._asked: queue.SimpleQueue[tuple[Future[Any], Any]] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[Future[Any], Any, Callable[[Any], Any]]] = queue.SimpleQueue()
         self._workers = [_start() for _ in range(workers)]
         for process, line in self._workers:
             # one thread each, which does nothing but wait; a daemon: this process does not end later for its sake
@@ -54,15 +54,16 @@ class Pool:
     def __len__(self) -> int:
         return len(self._workers)
 
-    def ask(self, work: Callable[..., Result], *given: Any) -> Callable[[], Result]:
-        """What returns the result of ``work(*given)``, or raises its exception, when it is there. Both are pickled.
+    def ask(self, work: Callable[..., Made], *given: Any, then: Callable[[Made], Any] = lambda made: made) -> Callable[[], Any]:
+        """What returns ``then(work(*given))``, or raises its exception, when it is there.
 
-        Raises RuntimeError when a process was ended from outside.
+        ``work``, what it is given and what it makes are pickled; ``then`` is called here, by the thread that waits. Raises RuntimeError
+        when a process was ended from outside.
         """
         if not self._workers:
-            return functools.cache(functools.partial(work, *given))
-        future: Future[Result] = Future()
-        self._asked.put((future, (work, given)))
+            return functools.cache(lambda: then(work(*given)))
+        future: Future[Any] = Future()
+        self._asked.put((future, (work, given), then))
         return future.result
 
     def close(self) -> None:
@@ -81,17 +82,15 @@ class Pool:
     def _serve(self, process: "subprocess.Popen[bytes]", line: socket.socket) -> None:
         file = line.makefile("rwb")
         while True:
-            future, asked = self._asked.get()
+            future, asked, then = self._asked.get()
             try:
                 pickle.dump(asked, file, protocol=5)
                 file.flush()
                 done, found = pickle.load(file)
+                future.set_result(then(found)) if done else future.set_exception(found)
             except (EOFError, OSError):
-                done, found = False, RuntimeError(f"process {process.pid}, which decodes images, was ended from outside: lack of memory?")
-            if done:
-                future.set_result(found)
-            else:
-                future.set_exception(found)
+                error = RuntimeError(f"process {process.pid}, which decodes images, was ended from outside: lack of memory?")
+                future.set_exception(error)
 
 
 def _start() -> tuple["subprocess.Popen[bytes]", socket.socket]:
