@@ -16,6 +16,12 @@ def rank() -> int:
     return dist.get_rank() if world() > 1 else 0
 
 
+def own(groups: int) -> range:
+    """Those mix groups of a batch that this process takes."""
+    share = groups // world()
+    return range(rank() * share, (rank() + 1) * share)
+
+
 def everyones(values: Shaped[Tensor, "here ..."]) -> Shaped[Tensor, "everywhere ..."]:
     """The values of all processes, in the order of their ranks.
 

@@ -78,8 +78,30 @@ class Imagenet(Part):
     hflip: Share
 
 
-DataSource = Annotated[Digits | Fractals | Cifar100 | Folder | Imagenet, Field(discriminator="source")]
-SOURCES: dict[str, type[Part]] = {"digits": Digits, "fractals": Fractals, "cifar100": Cifar100, "folder": Folder, "imagenet": Imagenet}
+class Originals(Part):
+    """ImageNet, or what is laid out like it, left in its files: each view is cut out of the original image, as published recipes do."""
+
+    source: Literal["originals"]
+    path: str  # holds train/ and val/; may name an environment variable: $IMAGENET
+    stored: Literal["folders", "shards"]  # train/<class>/<image>, or webdataset's train/*.tar
+    class_map: str | None  # a file with the classes in their order, one in a line; null: natural order of their folders
+    size: Pixels  # of views
+    crop_pct: Fraction  # evaluation resizes the short side to size / crop_pct and cuts out the centre
+    unreadable: Share  # of all images: so many may be damaged, and are left out
+    val_fraction: HeldOut  # of train/; val/ is the test split
+    seed: Seed
+    hflip: Share
+
+
+DataSource = Annotated[Digits | Fractals | Cifar100 | Folder | Imagenet | Originals, Field(discriminator="source")]
+SOURCES: dict[str, type[Part]] = {
+    "digits": Digits,
+    "fractals": Fractals,
+    "cifar100": Cifar100,
+    "folder": Folder,
+    "imagenet": Imagenet,
+    "originals": Originals,
+}
 
 
 class RandAugmentParams(Part):

@@ -71,7 +71,7 @@ def test_equals_its_reference(name: str, std: float) -> None:
             terms = compute(method, *case)
             assert list(terms) == list(expected)
             for key, value in expected.items():
-                noise = 4 * torch.finfo(dtype).eps  # of a small difference of logarithms
+                noise = 8 * torch.finfo(dtype).eps  # of a small difference of logarithms; 4 is too little for AVX-512's order of additions
                 assert terms[key].item() == pytest.approx(value, rel=rtol, abs=noise), key
 
 

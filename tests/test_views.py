@@ -7,6 +7,7 @@ from PIL import Image
 from scipy import stats
 from timm.data import mixup as timm_mixup
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
 
 from kdlib.config import Recipe
 from kdlib.data import augment, mixing
@@ -124,7 +125,7 @@ def test_flip_probability_has_its_ends(hflip: float, mirrored: bool) -> None:
 def test_resized_crop_is_pillows_bilinear_resize_of_the_box() -> None:
     rng = np.random.default_rng(2)
     images = rng.integers(0, 256, (30, 15, 11, 3), dtype=np.uint8)
-    boxes = augment.draw_boxes(rng, 0.2, (30, 15, 11))
+    boxes = augment.draw_boxes(rng, 0.2, sides(30, 15, 11))
     views = augment.resize_boxes(torch.from_numpy(images), boxes).numpy().astype(int)
     for image, view, (top, left, high, wide) in zip(images, views, boxes.T, strict=True):
         box = tuple(int(side) for side in (left, top, left + wide, top + high))
@@ -132,8 +133,12 @@ def test_resized_crop_is_pillows_bilinear_resize_of_the_box() -> None:
         assert np.abs(view - expected).max() <= 2  # Pillow rounds twice, after each axis
 
 
+def sides(batch: int, height: int, width: int) -> np.ndarray:
+    return np.broadcast_to([[height], [width]], (2, batch))
+
+
 def test_boxes_lie_inside_with_the_drawn_area_and_aspect() -> None:
-    top, left, high, wide = augment.draw_boxes(np.random.default_rng(4), 0.3, (20_000, 64, 64))
+    top, left, high, wide = augment.draw_boxes(np.random.default_rng(4), 0.3, sides(20_000, 64, 64))
     assert min(top.min(), left.min()) == 0
     assert max((top + high).max(), (left + wide).max()) == 64
     area, aspect = high * wide / 64**2, wide / high
@@ -146,9 +151,12 @@ def test_boxes_lie_inside_with_the_drawn_area_and_aspect() -> None:
     assert np.median(np.log(aspect[area < 0.6])) == pytest.approx(0, abs=0.03)
 
 
-def test_boxes_fall_back_to_the_whole_image() -> None:
-    boxes = augment.draw_boxes(np.random.default_rng(4), 1.0, (50, 8, 32))  # no crop of the whole area and an aspect near 1 fits
-    assert (boxes == np.array([[0], [0], [8], [32]])).all()
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (32, 8), (8, 32), (1, 5), (5, 1)])
+def test_boxes_fall_back_to_what_torchvision_falls_back_to(height: int, width: int) -> None:
+    boxes = augment.draw_boxes(np.random.default_rng(4), 1.0, sides(50, height, width))  # none of all the area has another aspect
+    image = Image.new("L", (width, height))
+    expected = RandomResizedCrop.get_params(image, (2.0, 2.0), augment.ASPECTS)  # twice the area never fits
+    assert (boxes == np.array(expected)[:, None]).all()
 
 
 # Mixing

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib import config
-from kdlib.data import cifar100, digits, folder, fractals, imagenet
+from kdlib.data import cifar100, digits, folder, fractals, imagenet, listing
 from kdlib.data.splits import Content, DataSet, write
 
 # A source takes its name in params.yaml and its parameters, checks them against what lies on disk, and offers content.
@@ -15,6 +15,7 @@ SOURCES: dict[str, Callable[[str, Any], Content]] = {
     "cifar100": cifar100.contents,
     "folder": folder.contents,
     "imagenet": imagenet.contents,
+    "originals": listing.contents,
 }
 
 

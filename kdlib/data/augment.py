@@ -12,8 +12,9 @@ from kdlib.config import Recipe
 from kdlib.data.place import sent
 
 Levels = UInt8[Tensor, "batch height width channels"]  # what image files hold; augmentations of PIL's kind are defined on it
+Sides = Int[np.ndarray, "2 batch"]  # height, width of each image, in pixels
 ASPECTS = (3 / 4, 4 / 3)  # width over height of a resized crop (Szegedy et al., arXiv 1409.4842, section 6)
-ATTEMPTS = 10  # at a crop that fits into the image; then the whole image is taken (torchvision does the same)
+ATTEMPTS = 10  # at a crop that fits into the image, of which the last one does (as torchvision's): the centre, of a square image all of it
 
 
 @dataclass(frozen=True)
@@ -25,26 +26,34 @@ class Crops:
     boxes: Int[np.ndarray, "4 batch"] | None  # top, left, height, width
 
 
-def draw(rng: np.random.Generator, recipe: Recipe, hflip: float, shape: tuple[int, int, int]) -> Crops:
-    """The crops of a batch of ``shape`` (batch, height, width)."""
+def draw(rng: np.random.Generator, recipe: Recipe, hflip: float, shape: tuple[int, int, int], sides: Sides | None = None) -> Crops:
+    """The crops of a batch of views of ``shape`` (batch, height, width), from images of these sides, or of the views' own."""
     batch, height, width = shape
     reach = np.array([[round(recipe.crop_padding * height)], [round(recipe.crop_padding * width)]])
     shifts = rng.integers(-reach, reach + 1, (2, batch))
     flips = rng.random(batch) < hflip
-    return Crops(shifts, flips, draw_boxes(rng, recipe.crop_min_area, shape) if recipe.crop_min_area < 1 else None)
+    if sides is None:
+        sides = np.broadcast_to([[height], [width]], (2, batch))
+    return Crops(shifts, flips, draw_boxes(rng, recipe.crop_min_area, sides) if recipe.crop_min_area < 1 else None)
 
 
-def draw_boxes(rng: np.random.Generator, min_area: float, shape: tuple[int, int, int]) -> Int[np.ndarray, "4 batch"]:
-    """Boxes (top, left, height, width) with a share of the image uniform in [min_area, 1] and log-uniform aspect."""
-    batch, height, width = shape
+def draw_boxes(rng: np.random.Generator, min_area: float, sides: Sides) -> Int[np.ndarray, "4 batch"]:
+    """Boxes (top, left, height, width) with a share of the image uniform in [min_area, 1] and log-uniform aspect.
+
+    Where none fits, the centre of the image: as much of it as has an aspect within ``ASPECTS``.
+    """
+    (height, width), batch = sides, sides.shape[1]
     area = rng.uniform(min_area, 1, (ATTEMPTS, batch)) * height * width
     aspect = np.exp(rng.uniform(np.log(ASPECTS[0]), np.log(ASPECTS[1]), (ATTEMPTS, batch)))
     high, wide = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
-    high[-1], wide[-1] = height, width
+    high[-1], wide[-1] = np.minimum(height, np.rint(width / ASPECTS[0])), np.minimum(width, np.rint(height * ASPECTS[1]))
     first = np.argmax((high <= height) & (wide <= width), axis=0)
     high, wide = (np.maximum(np.take_along_axis(sides, first[None], 0)[0], 1) for sides in (high, wide))
     place = rng.random((2, batch))
-    return np.stack([np.floor(place[0] * (height - high + 1)), np.floor(place[1] * (width - wide + 1)), high, wide]).astype(np.int64)
+    top, left = np.floor(place[0] * (height - high + 1)), np.floor(place[1] * (width - wide + 1))
+    fell_back = first == ATTEMPTS - 1
+    top, left = np.where(fell_back, (height - high) // 2, top), np.where(fell_back, (width - wide) // 2, left)
+    return np.stack([top, left, high, wide]).astype(np.int64)
 
 
 def crop(images: Levels, crops: Crops) -> Levels:

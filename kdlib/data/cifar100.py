@@ -8,14 +8,14 @@ import numpy as np
 from torchvision.datasets import CIFAR100
 
 from kdlib import config
-from kdlib.data.files import place
+from kdlib.data.paths import place
 from kdlib.data.splits import BLOCK, SPLITS, Content, Images, stratified_split
 
 
 def contents(name: str, params: config.Cifar100) -> Content:
     """Train and val are a stratified split of the official training split by ``params.seed``; test is the official test split."""
     key = f"data.{name}.path"
-    root = place(params.path)
+    root = place(key, params.path)
     if not root.is_dir() and not params.download:
         raise config.refuse(key, str(root), "a folder that holds cifar-100-python/", "correct the path, or set download: true")
     train, test = (_read(key, root, official, params.download) for official in (True, False))

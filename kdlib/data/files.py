@@ -1,7 +1,7 @@
 """Image files in class folders: found by timm's reader, decoded once by Pillow to square RGB."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,13 +12,8 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 
 from kdlib import config
+from kdlib.data.paths import check_layout
 from kdlib.data.splits import BLOCK, Images, Labels
-
-
-def place(path: str) -> Path:
-    """A path of params.yaml: absolute, or from the home folder (~), or relative to the folder of params.yaml."""
-    given = Path(path).expanduser()
-    return given if given.is_absolute() else config.find_root() / given
 
 
 def find(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
@@ -44,6 +39,25 @@ def find(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
     rank = {name: label for label, name in enumerate(names)}
     files.sort(key=lambda file: (rank[file.parent.name], file.name))
     return names, [str(file) for file in files], np.array([rank[file.parent.name] for file in files], np.int64)
+
+
+def official(key: str, root: Path) -> tuple[list[str], dict[str, tuple[list[str], Labels]]]:
+    """Class names of ImageNet's layout, and of ``train`` and ``val`` the files with their classes.
+
+    Raises ``Refused`` about ``key`` where ``find`` does, and if the two have not the same classes.
+    """
+    check_layout(key, root)
+    found = {part: find(key, root / part) for part in ("train", "val")}
+    same_classes(key, found["train"][0], found["val"][0])
+    return found["train"][0], {part: (files, labels) for part, (_, files, labels) in found.items()}
+
+
+def same_classes(key: str, train: Collection[str], val: Collection[str]) -> None:
+    """Raises ``Refused`` about ``key`` for a class that only one of the two has."""
+    if odd := sorted(set(train) ^ set(val)):
+        raise config.refuse(
+            key, f"{odd[0]} in only one of train/ and val/", "the same classes in both", "add its images or remove the class"
+        )
 
 
 def decode(key: str, file: str, size: int) -> UInt8[np.ndarray, "size size 3"]:

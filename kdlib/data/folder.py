@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 
 from kdlib import config
-from kdlib.data.files import decode_all, find, place
+from kdlib.data.files import decode_all, find
+from kdlib.data.paths import place
 from kdlib.data.splits import SPLITS, Content, Images, stratified_split
 
 
 def contents(name: str, params: config.Folder) -> Content:
     """A stratified split by ``params.seed``. Each image is decoded once and takes 3 size^2 bytes: 12 KB at 64 pixels."""
     key = f"data.{name}.path"
-    names, files, labels = find(key, place(params.path))
+    names, files, labels = find(key, place(key, params.path))
     shares = (params.val_fraction, params.test_fraction)
     index = dict(zip(SPLITS, stratified_split(labels, shares, params.seed, key, names), strict=True))
 

@@ -5,7 +5,7 @@ or bicubic, drawn per image, and antialias; RandAugment's movements do as well. 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,21 +14,37 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from kdlib.config import RandAugmentParams, Recipe
+from kdlib.decoding.pixels import Place, decode, read
 from kdlib.seed import global_draws
 
+Keys = tuple[int | str, ...]
 Pixels = UInt8[np.ndarray, "batch height width channels"]
 
 
-def views(images: Pixels, recipe: Recipe, hflip: float, keys: tuple[int | str, ...]) -> Pixels:
+def views(images: Pixels, recipe: Recipe, hflip: float, keys: Keys) -> Pixels:
     """A view of each image; what image i's transforms draw is named by (*keys, i), whatever came before."""
     _, height, width, channels = images.shape
-    transform = _transform(recipe.crop_min_area, recipe.randaugment, hflip, (height, width))
     found = np.empty_like(images)
     for i, image in enumerate(images):
-        with global_draws(*keys, i):
-            view = np.asarray(transform(Image.fromarray(np.broadcast_to(image, (height, width, 3)))))
-        found[i] = view[:channels].transpose(1, 2, 0)
+        made = view(Image.fromarray(np.broadcast_to(image, (height, width, 3))), recipe, hflip, (height, width), (*keys, i))
+        found[i] = made[..., :channels]
     return found
+
+
+def view(image: Image.Image, recipe: Recipe, hflip: float, sides: tuple[int, int], keys: Keys) -> UInt8[np.ndarray, "height width 3"]:
+    """One view, of these sides, of a colour image of any."""
+    with global_draws(*keys):
+        made = np.asarray(_transform(recipe.crop_min_area, recipe.randaugment, hflip, sides)(image))
+    return made.transpose(1, 2, 0)
+
+
+def views_of_files(units: Sequence[tuple[Place, Sequence[Keys]]], recipe: Recipe, hflip: float, size: int) -> Pixels:
+    """The views of each unit, named by their keys, in order. Each image is decoded once. Raises ``Changed``."""
+    found = []
+    for place, views in units:
+        image, _ = decode(read(place))
+        found += [view(image, recipe, hflip, (size, size), keys) for keys in views]
+    return np.stack(found)
 
 
 @functools.lru_cache(4)

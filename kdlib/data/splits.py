@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from jaxtyping import Int64, UInt8
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tqdm.auto import tqdm
 
 from kdlib import config
+from kdlib.data.originals import PLACE, Listed, Originals, open_split
 from kdlib.seed import generator
 
 SPLITS = ("train", "val", "test")
@@ -33,20 +35,23 @@ class Content:
     size: int  # pixels, height and width
     channels: int
     labels: dict[str, Labels]  # by split
-    blocks: Callable[[str], Iterator[Images]]  # a split's images in the order of its labels, about BLOCK bytes at a time
+    # a split's images in the order of its labels, about BLOCK bytes at a time; or where they stay
+    blocks: Callable[[str], Iterator[Images]] | Listed
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (memory-mapped, NHWC, 0..255) and their classes."""
+    """Images (memory-mapped, NHWC, 0..255, or in their files) and their classes."""
 
-    images: Images
+    images: Images | Originals
     labels: Labels
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set folder, opened. Mean and standard deviation are per channel of the training split, in [0, 1]."""
+    """A data set folder, opened. Mean and standard deviation are per channel of the training split, in [0, 1]; of images that stay in
+    their files, ImageNet's.
+    """
 
     name: str
     classes: int
@@ -96,6 +101,8 @@ def load(folder: Path) -> DataSet:
         keep = ("name", "classes", "class_names", "size", "channels", "hflip", "fingerprint")
         fields = {field: facts[field] for field in keep} | {field: tuple(facts[field]) for field in ("mean", "std")}
         return DataSet(**fields, **{split: _open(folder, split, facts) for split in SPLITS})  # type: ignore[arg-type]
+    except config.Refused:  # of the path that its images lie in
+        raise
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         found = f"{folder}: {' '.join(str(error).split())}"
         raise config.refuse(f"data.{folder.name}", found, "a complete data set folder", "run the data stage again") from error
@@ -145,6 +152,8 @@ def _check(key: str, content: Content) -> None:
 
 
 def _bytes(content: Content) -> int:
+    if isinstance(content.blocks, Listed):
+        return content.blocks.nbytes + 8 * sum(len(labels) for labels in content.labels.values())
     return sum(len(labels) for labels in content.labels.values()) * (content.size**2 * content.channels + 8)
 
 
@@ -155,7 +164,8 @@ def _check_room(key: str, place: Path, content: Content, progress: bool) -> None
     if progress:
         images = sum(len(labels) for labels in content.labels.values())
         shape = f"{content.size} x {content.size} x {content.channels}"
-        print(f"{key}: {images:,} images of {shape} take {_bytes(content) / 1e9:.3g} GB in {place}")
+        what = "stay in their files, whose list takes" if isinstance(content.blocks, Listed) else "take"
+        print(f"{key}: {images:,} images of {shape} {what} {_bytes(content) / 1e9:.3g} GB in {place}")
 
 
 def _no_room(key: str, found: str, content: Content) -> config.Refused:
@@ -178,12 +188,19 @@ def _fill(folder: Path, name: str, params: config.DataSource, content: Content, 
             labels = content.labels[split]
             digest.update(np.ascontiguousarray(labels).data)
             np.save(folder / f"{split}_labels.npy", labels)
+            if isinstance(content.blocks, Listed):
+                content.blocks.save(folder, split, digest.update)
+                bar.update(len(labels))
+                facts["mean"], facts["std"] = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+                continue
             shape = (len(labels), content.size, content.size, content.channels)
             histogram = _write_images(folder / f"{split}_images.npy", shape, content.blocks(split), (digest.update, bar.update))
             if split == "train":
                 facts["mean"], facts["std"] = _mean_std(histogram)
     digest.update(json.dumps(facts, sort_keys=True).encode())
     facts = {"name": name, **facts, "fingerprint": digest.hexdigest()}
+    if isinstance(content.blocks, Listed):
+        facts["originals"] = content.blocks.facts
     (folder / "data.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
 
@@ -219,11 +236,13 @@ def _mean_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def _open(folder: Path, split: str, facts: dict[str, Any]) -> Split:
-    images = np.load(folder / f"{split}_images.npy", mmap_mode="r")
     labels = np.load(folder / f"{split}_labels.npy")
     count, size = facts["counts"][split], facts["size"]
-    if images.shape != (count, size, size, facts["channels"]) or images.dtype != np.uint8:
-        raise ValueError(f"{split}_images.npy holds {images.dtype} {images.shape}, data.json says {count} images of {size} x {size}")
+    images = open_split(folder, split, facts["originals"], size) if "originals" in facts else np.load(folder / f"{split}_images.npy", "r")
+    shape, kind = ((count,), PLACE) if isinstance(images, Originals) else ((count, size, size, facts["channels"]), np.dtype(np.uint8))
+    held = images.places if isinstance(images, Originals) else images
+    if held.shape != shape or held.dtype != kind:
+        raise ValueError(f"{split}'s images do not fit data.json, which says {count} of {size} x {size}")
     if labels.shape != (count,) or labels.dtype != np.int64:
         raise ValueError(f"{split}_labels.npy holds {labels.dtype} {labels.shape}, data.json says {count}")
     return Split(images, labels)

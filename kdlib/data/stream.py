@@ -1,5 +1,7 @@
 """The endless stream of training views: any batch of it can be asked for, in any order, in any process, and is always the same."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
@@ -9,9 +11,16 @@ from torch import Tensor
 
 from kdlib.config import Recipe
 from kdlib.data import augment, erasing, mixing, pil, randaugment
+from kdlib.data.originals import Originals
 from kdlib.data.place import sent
+from kdlib.data.reading import Reading
+from kdlib.decoding import pixels
+from kdlib.decoding.pixels import Cut
+from kdlib.ranks import own
 from kdlib.seed import generator
 from kdlib.types import Batch
+
+Rows = Int[np.ndarray, " batch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +37,8 @@ class ViewStream:
     Raises ValueError when a batch is larger than the subset.
     """
 
-    # may be memory-mapped: only the rows of a batch are read; or a tensor on the device
-    images: UInt8[np.ndarray, "samples height width channels"] | UInt8[Tensor, "samples height width channels"]
+    # may be memory-mapped: only the rows of a batch are read; or a tensor on the device; or in files, decoded by other processes
+    images: UInt8[np.ndarray, "samples height width channels"] | UInt8[Tensor, "samples height width channels"] | Originals
     labels: Int[np.ndarray, " samples"]
     index: Int[np.ndarray, " subset"]  # the samples to pass over
     _: KW_ONLY
@@ -46,10 +55,9 @@ class ViewStream:
 
     def batch(self, step: int, group: int = 0) -> Batch:
         """The views of one group of a step, both from 0: float32 in [0, 1], channels_last."""
-        places = self.places(step, group)
-        rows = np.asarray(self.index[places], np.int64)
-        rng = generator(self.seed, "views", step * self.recipe.groups + group)
-        levels = self._views(rows, rng, step * self.recipe.groups + group)
+        places, rows = self.places(step, group), self._rows(step, group)
+        rng = self._generator(step, group)
+        levels = self._views(rows, rng, step, group)
         height, width = levels.shape[1:3]
         mix = mixing.draw(rng, self.recipe, height, width)
         labels = sent(np.asarray(self.labels[rows], np.int64), self.device)
@@ -66,19 +74,62 @@ class ViewStream:
             mixed=mixed,
         )
 
-    def _views(self, rows: Int[np.ndarray, " batch"], rng: np.random.Generator, group: int) -> augment.Levels:
+    def _views(self, rows: Rows, rng: np.random.Generator, step: int, group: int) -> augment.Levels:
         """Cropped and augmented, before anything is mixed or erased."""
         recipe = self.recipe
         if recipe.augment == "timm":
-            images = self.images[rows] if isinstance(self.images, np.ndarray) else self.images[sent(rows, self.device)].cpu().numpy()
-            return sent(pil.views(np.asarray(images), recipe, self.hflip, (self.seed, "timm", group)), self.device)
-        if isinstance(self.images, Tensor):
-            levels = self.images[sent(rows, self.device)]
+            return sent(self._timms(rows, step, group), self.device)
+        if isinstance(self.images, Originals):
+            crops, _ = self._cuts(rows, rng)
+            levels = sent(self._reading.levels(step, group), self.device)
+            levels = augment.shift_and_flip(levels, crops.shifts, crops.flips)
         else:
-            levels = sent(np.asarray(self.images[rows]), self.device)
-        batch, height, width, _ = levels.shape
-        levels = augment.crop(levels, augment.draw(rng, recipe, self.hflip, (batch, height, width)))
-        return randaugment.apply(levels, randaugment.draw(rng, recipe.randaugment, batch))
+            images = self.images
+            levels = images[sent(rows, self.device)] if isinstance(images, Tensor) else sent(np.asarray(images[rows]), self.device)
+            batch, height, width, _ = levels.shape
+            levels = augment.crop(levels, augment.draw(rng, recipe, self.hflip, (batch, height, width)))
+        return randaugment.apply(levels, randaugment.draw(rng, recipe.randaugment, len(rows)))
+
+    def _timms(self, rows: Rows, step: int, group: int) -> pil.Pixels:
+        if isinstance(self.images, Originals):
+            return self._reading.levels(step, group)
+        images = self.images[rows] if isinstance(self.images, np.ndarray) else self.images[sent(rows, self.device)].cpu().numpy()
+        return pil.views(np.asarray(images), self.recipe, self.hflip, self._keys(step, group))
+
+    def _keys(self, step: int, group: int) -> pil.Keys:
+        return (self.seed, "timm", step * self.recipe.groups + group)
+
+    def _cuts(self, rows: Rows, rng: np.random.Generator) -> tuple[augment.Crops, list[Cut | None]]:
+        """What is drawn of views of original images: boxes are cut out of these, shifts and flips move the views."""
+        assert isinstance(self.images, Originals)
+        size, batch = self.images.size, len(rows)
+        crops = augment.draw(rng, self.recipe, self.hflip, (batch, size, size), self.images.sides(rows))
+        bicubic = rng.random(batch) < 0.5
+        if crops.boxes is None:
+            return crops, [None] * batch
+        return crops, [Cut(*box) for box in zip(*crops.boxes.tolist(), bicubic.tolist(), strict=True)]
+
+    def _wanted(self, step: int, group: int) -> tuple[Rows, Sequence[pil.Keys | Cut | None]]:
+        """The images of a group, and what view of each is to be made."""
+        rows = self._rows(step, group)
+        if self.recipe.augment == "timm":
+            return rows, [(*self._keys(step, group), i) for i in range(len(rows))]
+        return rows, self._cuts(rows, self._generator(step, group))[1]
+
+    @functools.cached_property
+    def _reading(self) -> Reading:
+        images = self.images
+        assert isinstance(images, Originals)
+        groups = own(self.recipe.groups)
+        if self.recipe.augment == "timm":
+            return Reading(images, self._wanted, pil.views_of_files, (self.recipe, self.hflip, images.size), groups)
+        return Reading(images, self._wanted, pixels.views, (images.size, images.crop_pct), groups)
+
+    def _rows(self, step: int, group: int) -> Rows:
+        return np.asarray(self.index[self.places(step, group)], np.int64)
+
+    def _generator(self, step: int, group: int) -> np.random.Generator:
+        return generator(self.seed, "views", step * self.recipe.groups + group)
 
     def places(self, step: int, group: int = 0) -> Int[np.ndarray, " batch"]:
         """Which entries of ``index`` a group of this step holds. From two passes where it runs on from one into the next."""

@@ -44,10 +44,12 @@ class Compute:
         return {"bf16": self.bf16, "compiled": self.compiled, "resident": self.resident, "ahead": self.ahead}
 
 
-def choose(params: ComputeParams, device: torch.device, recipe: Recipe, steps: int, image_bytes: int) -> Compute:
-    """What params.yaml says; where it says ``auto``, what pays on the device.
+def choose(params: ComputeParams, device: torch.device, recipe: Recipe, steps: int, image_bytes: int | None) -> Compute:
+    """What params.yaml says; where it says ``auto``, what pays on the device. ``image_bytes``: of all training images, None if they stay in
+    their files.
 
-    Raises ``Refused`` for bf16 where it is slower than fp32, which is measured, and for CUDA graphs where there are none.
+    Raises ``Refused`` for bf16 where it is slower than fp32, which is measured, for CUDA graphs where there are none, and for resident
+    images that stay in their files.
     """
     on_gpu = device.type == "cuda"
     bf16 = params.precision == "bf16" or (params.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
@@ -56,9 +58,11 @@ def choose(params: ComputeParams, device: torch.device, recipe: Recipe, steps: i
         raise refuse("study.compute.precision", params.precision, allowed, "change it")
     if params.compile == "graphs" and not (on_gpu and world() == 1):
         raise refuse("study.compute.compile", "graphs", "auto, true or false, but for one process with a GPU", "change it")
+    if params.resident is True and image_bytes is None:
+        raise refuse("study.compute.resident", True, "auto or false where images stay in their files (source: originals)", "change it")
     resident = params.resident
     if resident == "auto":
-        resident = on_gpu and image_bytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+        resident = on_gpu and image_bytes is not None and image_bytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
     # on a GPU, measured: 1 % of a ResNet-50's steps, and what a CUDA graph gains is lost, since both threads wait for the interpreter
     wanted = params.ahead is True or (params.ahead == "auto" and not on_gpu)
     # timm's transforms draw from global generators, which dropout needs meanwhile

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from kdlib.data.stream import ViewStream
-from kdlib.ranks import anyone, rank, say, world
+from kdlib.ranks import anyone, own, rank, say
 from kdlib.train.ahead import in_time
 from kdlib.train.answers import Answers
 from kdlib.train.learner import Learner, asked_of_teacher
@@ -137,9 +137,3 @@ class Fit:
         if not watched():
             say(f"{self.title}  epoch {epoch}/{epochs}  step {step + 1}/{total}  loss (val top-1): {told}")
         return told
-
-
-def own(groups: int) -> range:
-    """Those mix groups of a batch that this process takes."""
-    share = groups // world()
-    return range(rank() * share, (rank() + 1) * share)

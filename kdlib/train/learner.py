@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from kdlib.config import Recipe
-from kdlib.losses.base import HardLoss, Method
+from kdlib.losses.base import Method
 from kdlib.losses.hard import HARD
 from kdlib.models import Classifier
 from kdlib.ranks import everyones, mean_over_ranks, world
@@ -29,25 +28,10 @@ from kdlib.train.compute import Compute
 from kdlib.train.memory import peak_bytes
 from kdlib.train.norms import RunningStatistics
 from kdlib.train.rates import scheduler, set_rate
+from kdlib.train.together import Together, synchronised
 from kdlib.types import Asks, Batch, Output, Terms
 
 Row = dict[str, float | int | None]
-# BatchNorm's statistics are averaged once a step (norms); the older of the two names is deprecated in torch 2.15
-_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in signature(DistributedDataParallel).parameters)
-_NO_SYNC: dict[str, Any] = {_BUFFERS: False}
-
-
-class _Together(nn.Module):
-    """A student and its method as one module: what processes synchronise, the method's adapters included."""
-
-    def __init__(self, student: Classifier, method: Method, hard: HardLoss | None) -> None:
-        super().__init__()
-        self.student, self.method, self.hard = student, method, hard
-
-    def forward(self, batch: Batch, answers: Output | None, progress: Float[Tensor, ""]) -> Terms:
-        output = self.student(batch.images, self.method.asks_student)
-        terms: Terms = self.method(output, output if answers is None else answers, batch, self.hard, progress)
-        return terms
 
 
 class Learner:
@@ -61,7 +45,7 @@ class Learner:
     ) -> None:
         self.name, self.student, self.method, self.total_steps, self.seed = name, student, method, total_steps, seed
         self.hard = HARD[recipe.hard_loss]
-        self._together = _Together(student, method, self.hard)
+        self._together = Together(student, method, self.hard)
         self.device = next(student.parameters()).device
         self.compute = compute or Compute(self.device)
         self.optimizer = create_optimizer_v2(student.net, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -87,8 +71,7 @@ class Learner:
     def _model(self) -> nn.Module:
         model = compiled(self._together) if self.compute.compiled else self._together
         if world() > 1:  # a head that no loss looks at gets no gradient
-            headless = self.hard is None or not self.method.hard_weight
-            model = DistributedDataParallel(model, **_NO_SYNC, find_unused_parameters=headless)
+            model = synchronised(model, headless=self.hard is None or not self.method.hard_weight)
         return model
 
     @cached_property

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from kdlib.data.originals import Originals, in_turn
 from kdlib.ranks import everyones, rank, world
 from kdlib.types import Images, Logits
 
@@ -83,7 +84,7 @@ def to_images(pixels: UInt8[np.ndarray, "batch height width channels"], device: 
 
 
 def predict(
-    model: nn.Module, images: UInt8[np.ndarray, "batch height width channels"], batch_size: int, device: torch.device
+    model: nn.Module, images: UInt8[np.ndarray, "batch height width channels"] | Originals, batch_size: int, device: torch.device
 ) -> Float[Tensor, "batch classes"]:
     """The model's logits for every image once, in order, in fp32 on the CPU.
 
@@ -97,9 +98,8 @@ def predict(
     places = np.minimum(np.arange(rank() * share, (rank() + 1) * share), len(images) - 1)
     try:
         with torch.inference_mode():
-            parts = [
-                model(to_images(images[places[start : start + batch_size]], device)).logits.float() for start in range(0, share, batch_size)
-            ]
+            rows = (places[start : start + batch_size] for start in range(0, share, batch_size))
+            parts = [model(to_images(pixels, device)).logits.float() for pixels in in_turn(images, rows)]
     finally:
         for module, mode in modes:
             module.training = mode

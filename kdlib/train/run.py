@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdlib.config import ComputeParams, Recipe, Refused
+from kdlib.data.originals import Originals
 from kdlib.data.splits import DataSet, Split
 from kdlib.data.stream import ViewStream
 from kdlib.losses.base import Method
@@ -73,9 +74,9 @@ def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None
     """
     data, recipe = setting.data, setting.recipe
     steps = total_steps(recipe, len(data.train.labels))
-    compute = choose(setting.compute, setting.device, recipe, steps, data.train.images.nbytes)
-    images = torch.from_numpy(np.array(data.train.images)).to(setting.device) if compute.resident else data.train.images
-    stream = views(setting, images)
+    images = data.train.images
+    compute = choose(setting.compute, setting.device, recipe, steps, None if isinstance(images, Originals) else images.nbytes)
+    stream = views(setting, torch.from_numpy(np.array(images)).to(setting.device) if compute.resident else images)
     learners = [_started(setting, job, steps, compute) for job in jobs]
     wait_for_all()  # all have read the checkpoints before the first one writes another
     folders = {id(learner): job.folder for learner, job in zip(learners, jobs, strict=True)}
@@ -117,7 +118,7 @@ def _save(folder: Path, learner: Learner) -> None:
         checkpoint.save(folder, learner.step, state)
 
 
-def views(setting: Setting, images: Images) -> ViewStream:
+def views(setting: Setting, images: Images | Originals) -> ViewStream:
     """The stream of the training views; ``images``: of the training split, wherever they lie."""
     data = setting.data
     return ViewStream(

@@ -9,6 +9,7 @@ import psutil
 import torch
 from safetensors.torch import save
 
+from kdlib.data.originals import Originals
 from kdlib.forecast import BACKWARD, Cost, extrapolated, seconds_an_image
 from kdlib.losses.base import Method
 from kdlib.train.answers import Answers
@@ -17,7 +18,7 @@ from kdlib.train.fit import Fit
 from kdlib.train.learner import Learner, asked_of_teacher, total_steps
 from kdlib.train.measure import predict
 from kdlib.train.memory import peak_bytes
-from kdlib.train.run import EVALUATION_BATCH, Setting, forward_flops, new_learner, views, weights
+from kdlib.train.run import EVALUATION_BATCH, Images, Setting, forward_flops, new_learner, views, weights
 
 Methods = Mapping[str, Callable[[], Method]]  # by the name of the run
 WARM_UP = 2  # steps: kernels are chosen and an optimiser's state is made in the first, all is in its place in the second
@@ -28,13 +29,15 @@ class Trial:
     """The runs of a setting at their first step."""
 
     def __init__(self, setting: Setting, methods: Methods) -> None:
-        images, steps = setting.data.train.images, total_steps(setting.recipe, len(setting.data.train.labels))
-        compute = choose(setting.compute, setting.device, setting.recipe, steps, images.nbytes)
+        steps = total_steps(setting.recipe, len(setting.data.train.labels))
+        images: Images | Originals = setting.data.train.images
+        compute = choose(setting.compute, setting.device, setting.recipe, steps, None if isinstance(images, Originals) else images.nbytes)
         compute = replace(compute, kinds=compute.kinds[:1])  # to find out which is the quickest takes a minute
         self.setting = setting
         self.learners = [new_learner(setting, name, make, steps, compute) for name, make in methods.items()]
-        on_device = torch.randint(256, images.shape, dtype=torch.uint8, device=setting.device) if compute.resident else images
-        self.stream, self.asks = views(setting, on_device), asked_of_teacher(self.learners)
+        if compute.resident and not isinstance(images, Originals):
+            images = torch.randint(256, images.shape, dtype=torch.uint8, device=setting.device)
+        self.stream, self.asks = views(setting, images), asked_of_teacher(self.learners)
         self.ahead = compute.ahead if self.asks else 0
         self.teacher = setting.teacher if self.asks else None
         if self.teacher:

@@ -31,7 +31,7 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], cores: i
     processes = min(cores, len(items))
     if processes < 2:
         return [work(item) for item in items]
-    start = functools.partial(_start, os.getpid())
+    start = functools.partial(_start, os.getpid(), processes)
     with held_back(stop_children):
         try:
             # dispatched one by one, so that none is begun after a signal
@@ -65,8 +65,9 @@ def _do(work: Callable[[Item], Result], item: Item) -> Result | Stopped:
         return stopped
 
 
-def _start(parent: int) -> None:
+def _start(parent: int, processes: int) -> None:
     """What a process does first: watch its parent, which may be killed without a chance to end it."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # as torchrun does: what decodes images for it takes its share of the cores
     progress.to_log()  # bars of several processes would write over each other
     for number in SIGNALS:  # between two pieces of work there is nothing to save
         signal.signal(number, signal.SIG_IGN)

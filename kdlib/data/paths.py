@@ -1,0 +1,30 @@
+"""Paths that params.yaml names, and what must lie there."""
+
+import os
+import re
+from pathlib import Path
+
+from kdlib import config
+
+
+def place(key: str, path: str) -> Path:
+    """A path of params.yaml: absolute, or from the home folder (~), or relative to the folder of params.yaml.
+
+    ``$NAME`` in it stands for an environment variable. Raises ``Refused`` about ``key`` if it is not set.
+    """
+    given = Path(os.path.expandvars(path)).expanduser()
+    if unset := re.search(r"\$\w+|\$\{.*?\}", str(given)):
+        do = f"set {unset.group().strip('${}')} to where the images lie, or write the path here"
+        raise config.refuse(key, path, "a path whose environment variables are set", do)
+    return given if given.is_absolute() else config.find_root() / given
+
+
+def check_layout(key: str, root: Path) -> None:
+    """Raises ``Refused`` about ``key`` if this is no folder that holds train/ and val/."""
+    if not root.is_dir():
+        raise config.refuse(key, str(root), "a folder that holds train/ and val/", "correct the path")
+    missing = [name for name in ("train", "val") if not (root / name).is_dir()]
+    if missing:
+        there = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
+        found = f"no {' and no '.join(str(root / name) for name in missing)}, but {there}"
+        raise config.refuse(key, found, "a folder that holds train/ and val/", "correct the path")
