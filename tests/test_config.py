@@ -23,6 +23,10 @@ OTHER_SOURCES: dict[str, dict[str, Any]] = {
     "folder": {"source": "folder", "path": "pets", "size": 8, **TWO_SPLITS},
     "cifar100": {"source": "cifar100", "path": "c", "download": False, "val_fraction": 0.1, "seed": 0, "hflip": 0.5},
     "imagenet": {"source": "imagenet", "path": "i", "size": 8, "val_fraction": 0.1, "seed": 0, "hflip": 0.5},
+    "originals": {
+        **{"source": "originals", "path": "o", "stored": "folders", "class_map": None, "size": 8, "crop_pct": 0.9},
+        **{"unreadable": 0.1, "val_fraction": 0.1, "seed": 0, "hflip": 0.5},
+    },
 }
 
 
@@ -80,6 +84,7 @@ def test_the_default_study_and_the_tiny_one_are_accepted_and_frozen(tmp_path: Pa
         "my_folder": "Folder",
         "my_cifar100": "Cifar100",
         "my_imagenet": "Imagenet",
+        "my_originals": "Originals",
     }
     with pytest.raises(ValidationError, match="frozen"):
         study.study.baseline = "dkd"  # type: ignore[misc]

@@ -38,6 +38,8 @@ REPEATS: dict[str, set[str]] = {
     **dict.fromkeys(
         (f"kdlib.data.{name}" for name in ("augment", "erasing", "mixing", "pil", "place", "randaugment", "splits", "stream")), EVERY
     ),
+    **dict.fromkeys((f"kdlib.data.{name}" for name in ("originals", "paths", "reading")), EVERY),
+    **dict.fromkeys(("kdlib.decoding", *(f"kdlib.decoding.{name}" for name in ("pixels", "pool"))), EVERY),
     **dict.fromkeys(("kdlib.models", "kdlib.models.build", "kdlib.models.features", "kdlib.models.small", "kdlib.train"), EVERY),
     **dict.fromkeys(
         (
@@ -58,6 +60,7 @@ REPEATS: dict[str, set[str]] = {
                 "signals",
                 "teacher",
                 "threads",
+                "together",
             )
         ),
         EVERY,
@@ -82,11 +85,16 @@ REPEATS_NOTHING = {
     *(f"kdlib.data.{name}" for name in ("chaos", "cifar100", "digits", "evaluation_sets", "files", "folder", "fractals", "imagenet")),
     *("kdlib.toy", "kdlib.disagreements", *(f"kdlib.disagreements.{name}" for name in ("base", "features", "logits"))),
     *("kdlib.results", "kdlib.published", "kdlib.stats", "kdlib.show", "kdlib.explore", "kdlib.export", "kdlib.evaluate"),
-    *("kdlib.notebook", "kdlib.study"),
+    *("kdlib.notebook", "kdlib.study", "kdlib.bill", "kdlib.forecast", "kdlib.outlook", "kdlib.train.trial", "kdlib.data.imagined"),
+    "kdlib.decoding.worker",  # passes on what kdlib.decoding.pixels makes
+    *("kdlib.data.class_map", "kdlib.data.listing", "kdlib.decoding.shards"),  # what they find is in the data's fingerprint
     *("kdlib.plots", *(f"kdlib.plots.{name}" for name in ("by_method", "curves", "scales", "style", "tuning"))),
     *(
         "kdlib.tables",
-        *(f"kdlib.tables.{name}" for name in ("by_label", "by_method", "comparisons", "effort", "leads", "readme", "render")),
+        *(
+            f"kdlib.tables.{name}"
+            for name in ("by_label", "by_method", "comparisons", "effort", "leads", "readme", "render", "reproduction")
+        ),
     ),
 }
 
