@@ -13,18 +13,19 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import psutil
 from submitit import JobEnvironment, SlurmExecutor
-from submitit.core.utils import FailedJobError
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
 
 from kdlib import config
 from kdlib.config import RENDEZVOUS, Launch, Refused, refuse
 from kdlib.train.signals import stop_children
 
-JOBS = Path(".state/slurm")  # of the study: what a job is to do, what it says, and which of its machines are there
+JOBS = Path(".state/slurm")  # of the study: a folder for each job, with what it is to do and what it says
 TOOLS = ("sbatch", "srun", "scontrol", "squeue")
 LEAST_HOURS = 0.05  # below it Slurm, which is early by up to a minute, would warn a job as soon as it begins
 WARNING_SECONDS = 60  # before its time is over
@@ -55,13 +56,15 @@ def submit(root: Path, asked: Asked) -> str:
     """Put the study into the queue; what to tell the person. Raises ``Refused``, with what Slurm said where it was Slurm that refused."""
     launch = config.load(root).study.launch
     _check(asked, launch)
-    executor = SlurmExecutor(root / JOBS, max_num_timeout=TIMES)
+    folder = root / JOBS / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+    executor = SlurmExecutor(folder, max_num_timeout=TIMES)
     executor.update_parameters(**_parameters(root, asked, launch))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit says it there too
-            job = executor.submit(Machine(root))
-    except FailedJobError as error:
-        said = " ".join(str(error).removeprefix("sbatch: error: ").split())
+            job = executor.submit(Machine(root, folder))
+    except (FailedJobError, FailedSubmissionError) as error:
+        shutil.rmtree(folder, ignore_errors=True)  # submitit leaves there what it would have begun
+        said = " ".join(str(error).replace("sbatch: error: ", "").split())
         raise Refused(f"sbatch: found {said!r}; allowed: what this cluster grants; `sinfo` shows its partitions and their limits") from None
     return (
         f"job {job.job_id}: {_state(job.job_id)}\n"
@@ -113,11 +116,12 @@ class Machine:
     """What submitit calls on each machine of a job, each time that it begins: the first runs the study, the others join it."""
 
     root: Path
+    folder: Path  # of the job, below JOBS
     study: subprocess.Popen[bytes] | None = None  # the process that does it
 
     def __call__(self) -> None:
         job = JobEnvironment()
-        meeting = self.root / JOBS / f"{job.raw_job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        meeting = self.folder / f"turn_{os.environ.get('SLURM_RESTART_COUNT', '0')}"
         meeting.mkdir(parents=True, exist_ok=True)
         (meeting / str(job.node)).touch()
         try:
@@ -134,7 +138,7 @@ class Machine:
     def checkpoint(self) -> DelayedSubmission:
         """Have the study saved. Returns what to do when the job begins again."""
         self._stop()
-        return DelayedSubmission(Machine(self.root))
+        return DelayedSubmission(Machine(self.root, self.folder))
 
     def _meet(self, job: JobEnvironment, meeting: Path) -> None:
         """Wait until all machines have shown that they see the study. Raises ``Refused``."""
