@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-NODES = ("one", "two")
+NODES = ("127.0.0.1", "127.0.0.2")  # names that are found without a name server
 PORTS = 17817  # the controller's, and the next ones the machines'
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 WAIT = 30  # seconds, for all to be there
@@ -59,7 +59,7 @@ def start(folder: Path) -> Path:
     """Start it, wait until both machines are idle; the configuration, for SLURM_CONF."""
     folder.mkdir(parents=True, exist_ok=True)
     conf, host = folder / "slurm.conf", socket.gethostname()
-    nodes = [f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={PORTS + 1 + i} CPUs=4" for i, name in enumerate(NODES)]
+    nodes = [f"NodeName={name} NodeHostname={host} NodeAddr={name} Port={PORTS + 1 + i} CPUs=4" for i, name in enumerate(NODES)]
     conf.write_text(CONF.format(host=host, port=PORTS, folder=folder, nodes="\n".join(nodes), names=",".join(NODES)))
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
