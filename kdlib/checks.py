@@ -63,10 +63,16 @@ def check_launch(study: Study) -> None:
         raise refuse("study.launch.processes", launch.processes, f"at most the {most} {of} of this machine", "start fewer")
     if (launch.nodes > 1) != (launch.rendezvous is not None):
         allowed = "host:port where there are several nodes, null where there is one"
-        raise refuse("study.launch.rendezvous", launch.rendezvous, allowed, "change it, or study.launch.nodes")
+        do = "change it, or study.launch.nodes; `python -m kdlib.study submit` needs none"
+        raise refuse("study.launch.rendezvous", launch.rendezvous, allowed, do)
     if launch.rendezvous is not None and not re.fullmatch(r".+:\d{1,5}", launch.rendezvous):
         raise refuse("study.launch.rendezvous", launch.rendezvous, "host:port of the first machine", "write it as gpu1:29500")
-    processes = launch.processes * launch.nodes
+    check_shares(study)
+
+
+def check_shares(study: Study) -> None:
+    """Every batch has mix groups for all processes of study.launch, wherever they are. Raises ``Refused``."""
+    processes = study.study.launch.processes * study.study.launch.nodes
     used = {item.recipe for item in study.teachers.values()} | {item.recipe for item in study.comparisons.values()}
     for name in sorted(used):
         recipe = study.recipes[name]

@@ -55,7 +55,7 @@ class Experiment:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or config.find_root()
-        self.study: Study = config.load(self.root)
+        self.study: Study = config.placed(config.load(self.root))
         self.store = Store(beside_dvc_cache(self.root))
         self.answers = beside_dvc_cache(self.root, ANSWERS)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

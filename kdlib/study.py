@@ -2,6 +2,7 @@
 
 python -m kdlib.study run [NAME]       what `make study` does; NAME: a folder of studies/; without it the study that one stands in
 python -m kdlib.study join [NAME]      on every machine but the first of study.launch: train with it until interrupted
+python -m kdlib.study submit [NAME] --hours H    `run` as a Slurm job on the machines of study.launch; --help shows what else to ask for
 python -m kdlib.study check [NAME]     params.yaml alone, in seconds
 python -m kdlib.study plan [NAME]      what it will cost, from a few steps (--steps; 0: without hours and memory); also build/plan.csv
 python -m kdlib.study readme [NAME]    the headline between README's markers
@@ -84,6 +85,20 @@ def join(root: Path) -> None:
     from kdlib.train import launch  # noqa: PLC0415
 
     launch.join(Experiment(root).study.study.launch)
+
+
+def submit(root: Path, given: argparse.Namespace) -> None:
+    """Put the study into Slurm's queue, after what can be checked away from its machines. Raises ``Refused``."""
+    from kdlib.checks import check_names, check_shares  # noqa: PLC0415 (see ``check``)
+
+    try:
+        from kdlib import slurm  # noqa: PLC0415 (optional)
+    except ModuleNotFoundError as error:
+        raise Refused(f'{error.name}: found no such package; allowed: submitit and what it needs; `pip install -e ".[slurm]"`') from error
+    study = config.load(root)
+    check_shares(study)
+    check_names(study)
+    print(slurm.submit(root, slurm.Asked(given.hours, given.partition, given.gpus, given.cores, given.sbatch)))
 
 
 @contextmanager
@@ -190,6 +205,19 @@ def _used(root: Path) -> set[str]:
     return {read_json(path)["fingerprint"] for place in places for path in place.rglob("run.json")}
 
 
+def _add_submit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", nargs="?")
+    parser.add_argument(
+        "--hours", type=float, required=True, metavar="H", help="at a time; a job that used them up goes on in another turn"
+    )
+    parser.add_argument("--partition", metavar="P", help="without it Slurm's default")
+    parser.add_argument(
+        "--gpus", type=int, default=0, metavar="N", help="on each machine: as many as study.launch.processes; without it none"
+    )
+    parser.add_argument("--cores", type=int, metavar="N", help="on each machine; without it one for each process")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch, such as account=abc")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -199,12 +227,15 @@ def main() -> None:
     planning.add_argument("study", nargs="?")
     planning.add_argument("--steps", type=int, choices=range(1001), metavar="N", default=5)
     commands.add_parser("gc").add_argument("--free", action="store_true")
+    _add_submit(commands.add_parser("submit"))
     given = parser.parse_args()
     try:
         if given.command == "gc":
             gc(config.find_root(), given.free)
         elif given.command == "plan":
             plan(find(given.study), given.steps)
+        elif given.command == "submit":
+            submit(find(given.study), given)
         else:
             {"run": run, "join": join, "check": check, "readme": readme}[given.command](find(given.study))
     except Refused as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kdlib.train import checkpoint
+from kdlib.train import checkpoint, signals
 from kdlib.train.learner import Learner
 from kdlib.train.signals import SIGNALS, Stopped, asked_to_stop, held_back
 from tests import training
@@ -20,7 +20,8 @@ each = pytest.mark.parametrize("number", SIGNALS)
 
 
 @each
-def test_a_signal_is_noted_once_and_acts_the_second_time(number: int) -> None:
+def test_a_signal_is_noted_once_and_acts_the_second_time(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(signals, "AGAIN_SECONDS", 0.0)
     handlers, told = {one: signal.getsignal(one) for one in SIGNALS}, []
     with pytest.raises(ZeroDivisionError):
         signal.signal(number, lambda *_: 1 // 0)
@@ -37,6 +38,20 @@ def test_a_signal_is_noted_once_and_acts_the_second_time(number: int) -> None:
             assert not asked_to_stop()
             signal.signal(number, handlers[number])
     assert {one: signal.getsignal(one) for one in SIGNALS} == handlers
+
+
+def test_sigterm_from_several_sides_is_one_request() -> None:
+    """Slurm sends it to every process of a job, and those that hold it back pass it on besides."""
+    before, told = signal.signal(signal.SIGTERM, lambda *_: told.append("ends")), []
+    try:
+        with held_back(lambda: told.append("saves")):
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.001)  # for it to be delivered
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == ["saves", "ends"]
 
 
 def test_every_step_is_a_place_to_stop_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

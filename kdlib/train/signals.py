@@ -1,7 +1,9 @@
 """SIGINT and SIGTERM while a step is made: it is finished and saved first. A cluster sends SIGTERM before it takes a machine away."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -9,7 +11,8 @@ from types import FrameType
 import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_noted: list[int] = []  # signals that came since the outermost ``held_back`` began
+AGAIN_SECONDS = 5.0  # within which SIGTERM is the same request: Slurm sends it to every process, and parents pass it on besides
+_noted: dict[int, float] = {}  # signals that came since the outermost ``held_back`` began, and when each came first
 _held = False
 
 
@@ -24,7 +27,7 @@ def asked_to_stop() -> bool:
 
 @contextmanager
 def held_back(then: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Within, a signal does no more than call ``then``; the same one again acts as it would outside.
+    """Within, a signal does no more than call ``then``; the same one again acts as it would outside, SIGTERM not at once.
 
     Within another one, and outside of a process's main thread, which alone receives signals, this changes nothing.
     """
@@ -35,9 +38,12 @@ def held_back(then: Callable[[], object] = lambda: None) -> Iterator[None]:
     before = [(number, signal.getsignal(number)) for number in SIGNALS]
 
     def note(number: int, _: FrameType | None) -> None:
-        _noted.append(number)
-        signal.signal(number, dict(before)[signal.Signals(number)])
-        then()
+        if number not in _noted:
+            _noted[number] = time.monotonic()
+            then()
+        elif number != signal.SIGTERM or time.monotonic() - _noted[number] > AGAIN_SECONDS:
+            signal.signal(number, dict(before)[signal.Signals(number)])
+            os.kill(os.getpid(), number)
 
     _held = True
     for number in SIGNALS:
