@@ -10,7 +10,7 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
 from torch import nn
 
-from kdlib.config import FILE, DataSource, Recipe, Refused, Study, known, refuse
+from kdlib.config import FILE, DataSource, Launch, Recipe, Refused, Study, known, refuse
 from kdlib.data.splits import DataSet, subset
 from kdlib.losses import METHODS
 from kdlib.models import build
@@ -42,9 +42,9 @@ def _check_groups(key: str, recipe: Recipe) -> None:
         raise refuse(key, recipe.group_size, f"a divisor of batch_size, {recipe.batch_size}: {sizes}", "change one of the two")
 
 
-def check_launch(study: Study) -> None:
-    """Processes, machines and mix groups fit together and to the hardware of this one. Raises ``Refused``."""
-    launch, gpus = study.study.launch, torch.cuda.device_count()
+def check_machines(launch: Launch) -> None:
+    """Processes and machines fit together and to the hardware of this one. Raises ``Refused``."""
+    gpus = torch.cuda.device_count()
     most, of = (gpus, "GPUs") if gpus else (len(os.sched_getaffinity(0)), "cores")
     if launch.processes > most:
         raise refuse("study.launch.processes", launch.processes, f"at most the {most} {of} of this machine", "start fewer")
@@ -53,6 +53,12 @@ def check_launch(study: Study) -> None:
         raise refuse("study.launch.rendezvous", launch.rendezvous, allowed, "change it, or study.launch.nodes")
     if launch.rendezvous is not None and not re.fullmatch(r".+:\d{1,5}", launch.rendezvous):
         raise refuse("study.launch.rendezvous", launch.rendezvous, "host:port of the first machine", "write it as gpu1:29500")
+
+
+def check_launch(study: Study) -> None:
+    """Processes, machines and mix groups fit together and to the hardware of this one. Raises ``Refused``."""
+    launch = study.study.launch
+    check_machines(launch)
     processes = launch.processes * launch.nodes
     used = {item.recipe for item in study.teachers.values()} | {item.recipe for item in study.comparisons.values()}
     for name in sorted(used):
