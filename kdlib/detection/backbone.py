@@ -24,11 +24,9 @@ CHANNELS = 256  # of the pyramid (Lin et al., "Feature pyramid networks", CVPR 2
 class Backbone(nn.Module):
     """Normalised images to the maps of a pyramid, by the names that torchvision's detectors know: "0" to "3", and "pool" at stride 64."""
 
-    out_channels = CHANNELS
-
     def __init__(self, net: nn.Module, indices: tuple[int, ...], widths: tuple[int, ...], output_norms: bool) -> None:
         super().__init__()
-        self.net, self._indices = net, list(indices)
+        self.net, self._indices, self.out_channels = net, list(indices), CHANNELS  # the latter for torchvision
         self.norms = nn.ModuleList(LayerNorm2d(width) if output_norms else nn.Identity() for width in widths)
         self.pyramid = FeaturePyramidNetwork(list(widths), CHANNELS, LastLevelMaxPool())
 
