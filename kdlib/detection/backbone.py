@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from jaxtyping import Float
 from timm.layers import LayerNorm2d  # type: ignore[attr-defined]
-from timm.models import group_parameters, load_state_dict  # type: ignore[attr-defined]
+from timm.models import group_parameters, load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
@@ -97,7 +96,8 @@ def _net(key: str, model: str, drop_path: float) -> tuple[Any, tuple[int, ...], 
     """The model without its classifier, and where its maps are found, with their channels."""
     if not timm.is_model(model):
         raise refuse(key, model, "a model that timm knows", "see timm.list_models()")
-    net: Any = timm.create_model(model, num_classes=0, **({"drop_path_rate": drop_path} if drop_path else {}))
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}  # not every family knows it
+    net: Any = timm.create_model(model, num_classes=0, **options)
     indices = stage_indices(net)
     info = [net.feature_info[i] for i in indices] if indices else []
     if tuple(one["reduction"] for one in info) != STRIDES or not hasattr(net, "prune_intermediate_layers"):

@@ -4,7 +4,6 @@ Source: Cai and Vasconcelos, "Cascade R-CNN: high quality object detection and i
 heads and averaging of scores as results/published/coco_recipes.csv and ConvNeXt's official code for detection have them.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss, remove_small_boxes
 
 from kdlib.detection.coco import Target
 
 WIDTH = 1024  # of a head's vector
-CONVOLUTIONS = 4
+MASK_WIDTH = 256
+CONVOLUTIONS = 4  # of a head, for boxes and for masks
 GIOU_WEIGHT = 10.0
 Boxes = Float[Tensor, "boxes 4"]
 
@@ -62,8 +63,8 @@ class Sampled(NamedTuple):
     proposed: list[Tensor]  # which of the boxes were proposed, and not the objects' own
 
 
-class CascadeHeads(RoIHeads):
-    """In the place of torchvision's heads of a Mask R-CNN, whose pools, sampler and mask head it takes."""
+class CascadeHeads(RoIHeads):  # type: ignore[misc] # torchvision has no types
+    """In the place of torchvision's heads of a Mask R-CNN, whose pools, sampler and thresholds it takes."""
 
     def __init__(self, plain: RoIHeads, channels: int, classes: int) -> None:
         super().__init__(
@@ -73,8 +74,8 @@ class CascadeHeads(RoIHeads):
             *(0.5, 0.5, 512, 0.25, None),  # the stages and the next lines replace all of these
             *(plain.score_thresh, plain.nms_thresh, plain.detections_per_img),
             plain.mask_roi_pool,
-            nn.ModuleList(copy.deepcopy(plain.mask_head) for _ in STAGES),
-            nn.ModuleList(copy.deepcopy(plain.mask_predictor) for _ in STAGES),
+            nn.ModuleList(MaskRCNNHeads(channels, [MASK_WIDTH] * CONVOLUTIONS, 1) for _ in STAGES),
+            nn.ModuleList(MaskRCNNPredictor(MASK_WIDTH, MASK_WIDTH, classes) for _ in STAGES),
         )
         self.fg_bg_sampler = plain.fg_bg_sampler
         self.matchers = [Matcher(stage.iou, stage.iou, allow_low_quality_matches=False) for stage in STAGES]
@@ -143,9 +144,7 @@ class CascadeHeads(RoIHeads):
         loss: Tensor = maskrcnn_loss(logits, boxes, [one["masks"] for one in targets], [one["labels"] for one in targets], which)
         return loss
 
-    def _detect(
-        self, features: dict[str, Tensor], proposals: list[Boxes], image_shapes: list[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
+    def _detect(self, features: dict[str, Tensor], proposals: list[Boxes], image_shapes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
         """Boxes by the last head, scores by the mean of all heads' logits, masks by the mean of all heads' probabilities."""
         votes = []
         for number in range(len(STAGES)):

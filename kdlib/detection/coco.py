@@ -6,7 +6,6 @@ Source: Lin et al., "Microsoft COCO: common objects in context", ECCV 2014; the 
 import contextlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,7 @@ def read(key: str, folder: Path, file: Path) -> Instances:
     content = _content(f"{key}_annotations", file)
     categories = sorted(one["id"] for one in content["categories"])
     _check_ids(f"{key}_annotations", content)
-    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     for one in content["images"]:
         name = one["file_name"]
         if name not in there and not (folder / name).is_file():  # asked of the folder once: there are 118,287
@@ -117,7 +116,7 @@ def _range(ids: set[int]) -> str:
     return f"{len(ids)} of them, {min(ids)} to {max(ids)}"
 
 
-class RangeCrop(v2.Transform):
+class RangeCrop(v2.Transform):  # type: ignore[misc] # torchvision has no types
     """To a height and a width that are each drawn between two limits in pixels, or to the image's where that is less."""
 
     def __init__(self, low: int, high: int) -> None:
@@ -173,7 +172,7 @@ class Views(Dataset[View]):
         masks = torch.from_numpy(np.stack([api.annToMask(one) for one in found]))
         labels = torch.tensor([self.instances.categories.index(one["category_id"]) + 1 for one in found])
         return {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=(size[0], size[1])),  # type: ignore[call-arg]
+            "boxes": tv_tensors.BoundingBoxes(boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=(size[0], size[1])),
             "masks": tv_tensors.Mask(masks),
             "labels": labels,
         }

@@ -116,7 +116,7 @@ def fit(learning: Learning, views: Views, general: General, folder: Path) -> Non
     recipe, share = learning.recipe, learning.recipe.groups // world()
     total = recipe.epochs * learning.per_epoch
     groups = Groups(len(views), recipe, learning.seed, learning.step)
-    loader = DataLoader(views, batch_sampler=groups, num_workers=general.workers, collate_fn=list)  # type: ignore[arg-type]
+    loader = DataLoader(views, batch_sampler=groups, num_workers=general.workers, collate_fn=list)
     taken = (learning.step * recipe.groups) + rank() * share
     saved = time.monotonic()
     with held_back(), tqdm(initial=learning.step, total=total, desc=folder.name, unit="step", disable=not watched() or rank() > 0) as bar:

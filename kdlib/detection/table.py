@@ -14,7 +14,7 @@ from kdlib.tables.render import write as write_table
 MEASURES = ("box_ap", "mask_ap")
 TITLE = "What does a distilled backbone bring to object detection?"
 DIFFERENCES = (
-    "Published detectors were trained by mmdetection 2, these by torchvision's parts with the same settings. What differs: RoIAlign samples "
+    "Published detectors were trained by mmdetection 2, these by torchvision's parts with the same settings. What differs: RoIAlign takes "
     "2 x 2 points of a bin, without the shift by half a pixel, where mmdetection aligns and lets the size decide; box losses of Mask R-CNN "
     "and of its proposals are smooth L1 with beta 1/9, not L1; batches are not sorted by the shape of images, and what does not fill the "
     "last one is left out; images are resized on the device; the classifier's normalisation is that of its timm model; initial values "
@@ -25,37 +25,23 @@ DIFFERENCES = (
 
 def compare(root: Path, study: Detection, runs: Path) -> Table:
     """A row for each published detector and each run that says that it is to be compared with it; blank where nothing was measured."""
-    rows = published.read(root)
-    rows = rows[rows["table"] == "table11_coco"]
-    theirs = {(row["student"], row["recipe"]): row["epochs"] for row in records(rows)}
-    ours: dict[tuple[str, str], list[tuple[str, Run]]] = {}
-    for name, run in study.runs.items():
-        ours.setdefault((run.model.partition(".")[0], run.beside), []).append((name, run))
-    found = []
-    for student, recipe in {**theirs, **ours}:
-        here = rows[(rows["student"] == student) & (rows["recipe"] == recipe)]
-        values = {str(row["metric"]): float(row["value"]) / 100 for row in records(here)}
-        for name, run in ours.get((student, recipe), [("", None)]):
-            file = root / runs / name / "metrics.json"
-            metrics = read_json(file) if run and file.is_file() else {}
-            for measure in MEASURES:
-                told, measured = values.get(measure, math.nan), metrics.get(measure)
-                measured = math.nan if measured is None else measured
-                found.append(
-                    {
-                        "student": student,
-                        "recipe": recipe,
-                        "epochs": theirs.get((student, recipe)),
-                        "run": name,
-                        "settings": study.recipes[run.recipe].settings if run else "",
-                        "metric": measure,
-                        "published": told,
-                        "measured": measured,
-                        "difference": measured - told,
-                    }
-                )
-    frame = pd.DataFrame(found)
+    told = published.read(root)
+    told = told[told["table"] == "table11_coco"].assign(published=lambda rows: rows["value"] / 100)
+    places = ["student", "recipe", "metric"]
+    ours = pd.DataFrame([row for name, run in study.runs.items() for row in _of_run(root / runs / name, run, study)])
+    frame = told[[*places, "epochs", "published"]].merge(ours, on=places, how="outer", sort=False)
+    frame = frame.assign(difference=frame["measured"] - frame["published"])
+    columns = ["student", "recipe", "epochs", "run", "settings", "metric", "published", "measured", "difference"]
+    frame = frame[columns].fillna({"run": "", "settings": ""}).sort_values(["student", "recipe", "run"], kind="stable", ignore_index=True)
     return Table("table11_coco", TITLE, _caption(frame), frame, _shown(frame))
+
+
+def _of_run(folder: Path, run: Run, study: Detection) -> list[dict[str, object]]:
+    file = folder / "metrics.json"
+    metrics = read_json(file) if file.is_file() else {}
+    place = {"student": run.model.partition(".")[0], "recipe": run.beside, "run": folder.name}
+    place["settings"] = study.recipes[run.recipe].settings
+    return [{**place, "metric": name, "measured": metrics.get(name, math.nan)} for name in MEASURES]
 
 
 def write(root: Path, study: Detection, runs: Path) -> str:

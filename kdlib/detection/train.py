@@ -66,18 +66,16 @@ def train(root: Path, name: str) -> None:
     elif rank() == 0:
         write_json(folder / "run.json", about(root, name, study))
     fit(learning, views, study.study, folder)
-    found = detect(learning.detector, on_val, device, study.study.workers)
+    detected = detect(learning.detector, on_val, device, study.study.workers)
     if rank() == 0:
-        _write(folder, learning, measure(on_val, found) | {"images": len(on_val.images), "steps": learning.step}, device)
+        _write(folder, learning, measure(on_val, detected) | {"images": len(on_val.images), "steps": learning.step}, device)
     wait_for_all()
 
 
 def data(root: Path, study: Detection) -> tuple[Instances, Instances]:
     """Training and validation, which fit together. Raises ``Refused``."""
     paths = {key: root / Path(path).expanduser() for key, path in study.coco.model_dump().items()}
-    on_train, on_val = (
-        coco.read(f"coco.{split}", paths[f"{split}_images"], paths[f"{split}_annotations"]) for split in ("train", "val")
-    )
+    on_train, on_val = (coco.read(f"coco.{split}", paths[f"{split}_images"], paths[f"{split}_annotations"]) for split in ("train", "val"))
     coco.check_same_categories(on_train, on_val)
     return on_train, on_val
 
