@@ -59,20 +59,20 @@ def build(key: str, run: Run, recipe: Recipe, root: Path) -> Backbone:
 
 
 def load(key: str, path: Path, net: nn.Module, model: str) -> None:
-    """Copy the weights of a file into a model that has no classifier; that of the file is left out. Raises ``Refused``."""
+    """Copy the weights of a file into a model, but for those of a classifier. Raises ``Refused``."""
     if not path.is_file():
         do = "correct the path (it counts from the folder of params.yaml), or write null to start from scratch"
         raise refuse(key, str(path), "a .safetensors or .pth file", do)
+    cfg: Any = net.pretrained_cfg
+    heads = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else tuple(cfg["classifier"])
+    of_head = tuple(f"{head}." for head in heads)
     try:
-        state = load_state_dict(str(path))
+        state = {name: value for name, value in load_state_dict(str(path)).items() if not name.startswith(of_head)}
         missing, unexpected = net.load_state_dict(state, strict=False)
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise refuse(key, str(path), f"weights of {model}", f"choose the model that they are of ({reason})") from error
-    cfg: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
-    heads = cfg["classifier"]
-    heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    unexpected = [name for name in unexpected if not name.startswith(tuple(f"{head}." for head in heads))]
+    missing = [name for name in missing if not name.startswith(of_head)]
     if missing or unexpected:
         do = f"choose the model that they are of (missing: {_some(missing)}; unexpected: {_some(unexpected)})"
         raise refuse(key, str(path), f"weights of {model}", do)
@@ -93,11 +93,11 @@ def layers_of(net: Any) -> dict[str, int]:
 
 
 def _net(key: str, model: str, drop_path: float) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:
-    """The model without its classifier, and where its maps are found, with their channels."""
+    """The model, and where its maps are found, with their channels."""
     if not timm.is_model(model):
         raise refuse(key, model, "a model that timm knows", "see timm.list_models()")
     options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}  # not every family knows it
-    net: Any = timm.create_model(model, num_classes=0, **options)
+    net: Any = timm.create_model(model, **options)
     indices = stage_indices(net)
     info = [net.feature_info[i] for i in indices] if indices else []
     if tuple(one["reduction"] for one in info) != STRIDES or not hasattr(net, "prune_intermediate_layers"):

@@ -23,7 +23,7 @@ WIDTH = 1024  # of a head's vector
 MASK_WIDTH = 256
 CONVOLUTIONS = 4  # of a head, for boxes and for masks
 GIOU_WEIGHT = 10.0
-Boxes = Float[Tensor, "boxes 4"]
+Boxes = Float[Tensor, "_ 4"]  # corners in pixels; images of a list have different numbers of them
 
 
 class Strictness(NamedTuple):
@@ -58,8 +58,8 @@ class Sampled(NamedTuple):
     """The boxes of a batch that a head learns from; lists have an entry for each image."""
 
     boxes: list[Boxes]
-    labels: list[Int[Tensor, " boxes"]]  # 0 is the background
-    objects: list[Int[Tensor, " boxes"]]  # of the image's targets, which one each box is matched with
+    labels: list[Int[Tensor, " _"]]  # 0 is the background
+    objects: list[Int[Tensor, " _"]]  # of the image's targets, which one each box is matched with
     proposed: list[Tensor]  # which of the boxes were proposed, and not the objects' own
 
 

@@ -6,6 +6,7 @@ Source: Lin et al., "Microsoft COCO: common objects in context", ECCV 2014; the 
 import contextlib
 import io
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from kdlib.seed import generator, global_draws
 
 SECTIONS = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id", "bbox", "segmentation"), "categories": ("id",)}
 Target = dict[str, Tensor]
-View = tuple[UInt8[Tensor, "3 height width"], Target]
+View = tuple[UInt8[Tensor, "3 _ _"], Target]  # of one image, and images of a list differ in size
 Place = tuple[int, int]  # epoch, image
 
 
@@ -58,6 +59,13 @@ class Instances:
         """Those that a detector learns: no crowds, at least a pixel wide and high."""
         found: list[dict[str, Any]] = self.api.imgToAnns[image]
         return [one for one in found if not one.get("iscrowd", 0) and min(one["bbox"][2:]) >= 1]
+
+    def mask(self, instance: dict[str, Any]) -> UInt8[np.ndarray, "height width"]:
+        """1 where the instance is, of its whole image."""
+        with warnings.catch_warnings():  # pycocotools 2.0.11 is behind numpy's protocol here, without consequence
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+            found: np.ndarray = self.api.annToMask(instance)
+        return found
 
 
 def read(key: str, folder: Path, file: Path) -> Instances:
@@ -166,10 +174,10 @@ class Views(Dataset[View]):
         return view.as_subclass(Tensor), {name: values.as_subclass(Tensor) for name, values in target.items()}
 
     def _target(self, image: int, size: list[int]) -> dict[str, Any]:
-        api, found = self.instances.api, self.instances.instances(image)
+        found = self.instances.instances(image)
         boxes = torch.tensor([one["bbox"] for one in found], dtype=torch.float32)
         boxes[:, 2:] += boxes[:, :2]
-        masks = torch.from_numpy(np.stack([api.annToMask(one) for one in found]))
+        masks = torch.from_numpy(np.stack([self.instances.mask(one) for one in found]))
         labels = torch.tensor([self.instances.categories.index(one["category_id"]) + 1 for one in found])
         return {
             "boxes": tv_tensors.BoundingBoxes(boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=(size[0], size[1])),

@@ -22,6 +22,7 @@ from kdlib.train.norms import RunningStatistics
 from kdlib.train.progress import watched
 from kdlib.train.signals import Stopped, asked_to_stop, held_back
 
+Row = dict[str, float | int]  # of the curve
 CHECK_STEPS = 50  # a diverged run trains on for at most so many steps before anyone looks
 
 
@@ -41,7 +42,7 @@ class Learning:
         fp16 = recipe.loss_scale > 0 and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=recipe.loss_scale or 1.0, enabled=fp16)
         self.step = 0
-        self.curve: list[dict[str, float]] = []
+        self.curve: list[Row] = []
         self._running = RunningStatistics(detector, groups=recipe.groups)
         self._sums: dict[str, Float[Tensor, ""]] = {}  # of the losses of each step since the last row of the curve
 
@@ -78,7 +79,7 @@ class Learning:
             do = "train with a lower learning_rate or a longer warm-up; the last checkpoint is from before"
             raise refuse("recipes", f"{', '.join(bad) or 'a loss'} that is not finite by step {self.step}", allowed, do)
 
-    def close_epoch(self) -> dict[str, float]:
+    def close_epoch(self) -> Row:
         """Extend the curve."""
         self.check()
         sums = list(self._sums.values())
@@ -147,7 +148,7 @@ def save(folder: Path, learning: Learning) -> None:
         checkpoint.save(folder, learning.step, state)
 
 
-def _tell(name: str, row: dict[str, float], total: int) -> None:
+def _tell(name: str, row: Row, total: int) -> None:
     if not watched():
         say(f"{name}  epoch {row['epoch']:g}  step {row['step']:g}/{total}  loss {row['loss']:.3f}")
 

@@ -28,7 +28,9 @@ def compare(root: Path, study: Detection, runs: Path) -> Table:
     told = published.read(root)
     told = told[told["table"] == "table11_coco"].assign(published=lambda rows: rows["value"] / 100)
     places = ["student", "recipe", "metric"]
-    ours = pd.DataFrame([row for name, run in study.runs.items() for row in _of_run(root / runs / name, run, study)])
+    ours = pd.DataFrame([row for name, run in study.runs.items() for row in _of_run(root / runs / name, run, study)]).astype(
+        {"measured": "float64"}
+    )
     frame = told[[*places, "epochs", "published"]].merge(ours, on=places, how="outer", sort=False)
     frame = frame.assign(difference=frame["measured"] - frame["published"])
     columns = ["student", "recipe", "epochs", "run", "settings", "metric", "published", "measured", "difference"]
