@@ -6,6 +6,7 @@ Source: Lin et al., "Microsoft COCO: common objects in context", ECCV 2014; the 
 import contextlib
 import io
 import json
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
@@ -27,6 +28,7 @@ from kdlib.config import refuse
 from kdlib.detection.settings import Recipe
 from kdlib.ranks import rank, world
 from kdlib.seed import generator, global_draws
+from kdlib.train.signals import SIGNALS
 
 SECTIONS = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id", "bbox", "segmentation"), "categories": ("id",)}
 Target = dict[str, Tensor]
@@ -112,6 +114,21 @@ def _check_ids(key: str, content: dict[str, Any]) -> None:
             raise refuse(key, found, f"an id of {section} ({_range(known)})", "use the annotation file that belongs to these images")
 
 
+def loader(of: Dataset[Any], workers: int, **options: Any) -> DataLoader[Any]:
+    """By so many processes of their own, 0 by this one.
+
+    Forked, wherever this process comes from: they share the annotations, which take a gigabyte, and COCO's are soon there. A signal to all
+    is not for them: the step that is being made needs their images.
+    """
+    method: dict[str, Any] = {"multiprocessing_context": "fork", "worker_init_fn": _ignore_signals} if workers else {}
+    return DataLoader(of, num_workers=workers, **method, **options)
+
+
+def _ignore_signals(_: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def check_same_categories(train: Instances, val: Instances) -> None:
     """What is learnt is what is measured. Raises ``Refused``."""
     if train.categories != val.categories:
@@ -151,7 +168,11 @@ def augmentation(recipe: Recipe) -> v2.Transform:
     if recipe.crop:
         cropped = v2.Compose([v2.RandomShortestSize(recipe.crop_sides, recipe.long_side), RangeCrop(*recipe.crop)])
         steps.append(v2.RandomApply([cropped], p=0.5))
-    return v2.Compose([*steps, v2.SanitizeBoundingBoxes(labels_getter=lambda view: view[1]["labels"])])
+    return v2.Compose([*steps, v2.SanitizeBoundingBoxes(labels_getter=_labels)])
+
+
+def _labels(view: tuple[Any, dict[str, Any]]) -> Any:
+    return view[1]["labels"]
 
 
 class Views(Dataset[View]):

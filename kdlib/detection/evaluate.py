@@ -11,10 +11,10 @@ from jaxtyping import UInt8
 from pycocotools import mask as rle
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from kdlib.detection.coco import Instances
+from kdlib.detection.coco import Instances, loader
 from kdlib.ranks import from_all, rank, world
 from kdlib.train.progress import watched
 
@@ -44,10 +44,10 @@ def detect(detector: nn.Module, instances: Instances, device: torch.device, work
     all get all results.
     """
     detector.eval()
-    loader = DataLoader(Images(instances), batch_size=None, num_workers=workers)
+    images = loader(Images(instances), workers, batch_size=None)
     found: list[Detected] = []
     with torch.inference_mode():
-        for image, pixels in tqdm(loader, desc="evaluation", unit="image", disable=not watched() or rank() > 0):
+        for image, pixels in tqdm(images, desc="evaluation", unit="image", disable=not watched() or rank() > 0):
             (answer,) = detector([pixels.to(device).float() / 255])
             found += results(int(image), {name: values.cpu() for name, values in answer.items()}, instances.categories)
     return from_all(found)
