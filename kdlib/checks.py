@@ -10,7 +10,7 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
 from torch import nn
 
-from kdlib.config import FILE, Recipe, Refused, Study, known, refuse
+from kdlib.config import FILE, Launch, Recipe, Refused, Study, known, refuse
 from kdlib.data.imagined import Shape, declared
 from kdlib.data.splits import DataSet, subset
 from kdlib.losses import METHODS
@@ -55,9 +55,9 @@ def _check_rates(key: str, recipe: Recipe) -> None:
         raise refuse(f"{key}.min_lr", recipe.min_lr, "0 with milestones, which alone lower the rate", "change one of the two")
 
 
-def check_launch(study: Study) -> None:
-    """Processes, machines and mix groups fit together and to the hardware of this one. Raises ``Refused``."""
-    launch, gpus = study.study.launch, torch.cuda.device_count()
+def check_machines(launch: Launch) -> None:
+    """Processes and machines fit together and to the hardware of this one. Raises ``Refused``."""
+    gpus = torch.cuda.device_count()
     most, of = (gpus, "GPUs") if gpus else (len(os.sched_getaffinity(0)), "cores")
     if launch.processes > most:
         raise refuse("study.launch.processes", launch.processes, f"at most the {most} {of} of this machine", "start fewer")
@@ -67,6 +67,11 @@ def check_launch(study: Study) -> None:
         raise refuse("study.launch.rendezvous", launch.rendezvous, allowed, do)
     if launch.rendezvous is not None and not re.fullmatch(r".+:\d{1,5}", launch.rendezvous):
         raise refuse("study.launch.rendezvous", launch.rendezvous, "host:port of the first machine", "write it as gpu1:29500")
+
+
+def check_launch(study: Study) -> None:
+    """Processes, machines and mix groups fit together and to the hardware of this one. Raises ``Refused``."""
+    check_machines(study.study.launch)
     check_shares(study)
 
 

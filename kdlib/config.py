@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -59,6 +59,7 @@ __all__ = [
     "StudyParams",
     "Sweep",
     "Teacher",
+    "check",
     "find_root",
     "known",
     "load",
@@ -74,6 +75,7 @@ FILE = "params.yaml"
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # no "-" and no ".": DVC joins names with the one and splits keys at the other
 RENDEZVOUS = "KDLIB_RENDEZVOUS"  # environment variable: host:port of the machine that a cluster made the first
 LONGEST = 200  # characters of what was found that a message repeats
+Form = TypeVar("Form", bound=Part)
 
 # pydantic's words where they are Python's rather than YAML's; filled in with the limits of the field
 _ALLOWED = {
@@ -165,13 +167,18 @@ def placed(study: Study) -> Study:
 
 def parse(content: Mapping[Any, Any]) -> Study:
     """Check types, ranges, names and references. Raises ``Refused``."""
-    try:
-        study = Study.model_validate(content)
-    except ValidationError as error:
-        raise _explain(error, content) from None
+    study = check(Study, content, PARTS)
     _check_names(study)
     _check_references(study)
     return study
+
+
+def check(form: type[Form], content: Mapping[Any, Any], parts: Mapping[str, type[Part]]) -> Form:
+    """Types and ranges of a whole params.yaml of this form; ``parts`` as in ``schema.PARTS``. Raises ``Refused``."""
+    try:
+        return form.model_validate(content)
+    except ValidationError as error:
+        raise _explain(error, content, parts) from None
 
 
 def trials(grid: Mapping[str, list[float]]) -> list[dict[str, float]]:
@@ -257,7 +264,7 @@ def _unreadable(error: YAMLError) -> Refused:
     return refuse(key, found, "YAML 1.2, every key once", "correct it")
 
 
-def _explain(error: ValidationError, content: Mapping[Any, Any]) -> Refused:
+def _explain(error: ValidationError, content: Mapping[Any, Any], parts: Mapping[str, type[Part]]) -> Refused:
     """The first finding of pydantic as one line of ours."""
     first = error.errors()[0]
     kind, found, limits = first["type"], first["input"], first.get("ctx", {})
@@ -266,7 +273,7 @@ def _explain(error: ValidationError, content: Mapping[Any, Any]) -> Refused:
         del path[2]  # which member of the union it tried
     key = ".".join(path)
     if kind == "extra_forbidden":
-        fields = list(_part(path[:-1], content).model_fields)
+        fields = list(_part(path[:-1], content, parts).model_fields)
         close = difflib.get_close_matches(path[-1], fields, n=1)
         return refuse(key, path[-1], f"the keys {', '.join(fields)}", f"unknown key: did you mean {close[0]!r}?" if close else "remove it")
     if kind == "missing":
@@ -282,13 +289,13 @@ def _explain(error: ValidationError, content: Mapping[Any, Any]) -> Refused:
     return refuse(key, found, allowed, "change it")
 
 
-def _part(path: list[str], content: Mapping[Any, Any]) -> type[Part]:
+def _part(path: list[str], content: Mapping[Any, Any], parts: Mapping[str, type[Part]]) -> type[Part]:
     """The form of what stands at a place in params.yaml."""
     if path and path[0] == "data":
         return SOURCES[content["data"][path[1]]["source"]]
     chosen = 2 if path[:2] == ["study", "published"] else len(path) if path[:1] == ["study"] else 1  # the step that is a person's own name
     named = path[:chosen] + path[chosen + 1 :]
-    return PARTS[".".join(named)]
+    return parts[".".join(named)]
 
 
 def _closest(found: object, names: Iterable[str]) -> str:

@@ -28,7 +28,7 @@ from kdlib.config import Launch, Refused
 from kdlib.data.stream import ViewStream
 from kdlib.experiment import Diverged, Experiment
 from kdlib.models import build
-from kdlib.ranks import anyone, as_the_first, everyones, mean_over_ranks, rank, wait_for_all
+from kdlib.ranks import anyone, as_the_first, everyones, from_all, mean_over_ranks, rank, wait_for_all
 from kdlib.results import read_json
 from kdlib.seed import seed_torch
 from kdlib.train.answers import Answers
@@ -89,6 +89,7 @@ def helpers() -> dict[str, Any]:
         "any": anyone(rank() == 1, False, True),
         "first": as_the_first([rank() == 0, rank() == 1]),
         "all": everyones(torch.tensor([rank()])),
+        "from all": from_all(["a", "b"][: rank() + 1]),
     }
 
 
@@ -134,6 +135,7 @@ def test_what_processes_tell_each_other(two: list[dict[str, Any]]) -> None:
         said = found["helpers"]
         assert_close(said["means"], [torch.tensor([1.5, 3.0]), torch.tensor(5.0)])
         assert (said["any"], said["first"], said["all"].tolist()) == ([True, False, True], [True, False], [0, 1])
+        assert said["from all"] == ["a", "a", "b"]
     alone = helpers()
     assert (alone["any"], alone["first"], alone["all"].tolist()) == ([False, False, True], [True, False], [0])
 

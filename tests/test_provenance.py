@@ -86,6 +86,10 @@ REPEATS_NOTHING = {
     *("kdlib.toy", "kdlib.disagreements", *(f"kdlib.disagreements.{name}" for name in ("base", "features", "logits"))),
     *("kdlib.results", "kdlib.published", "kdlib.stats", "kdlib.show", "kdlib.explore", "kdlib.export", "kdlib.evaluate"),
     *("kdlib.notebook", "kdlib.study", "kdlib.bill", "kdlib.forecast", "kdlib.outlook", "kdlib.train.trial", "kdlib.data.imagined"),
+    "kdlib.slurm",
+    "kdlib.detection",
+    *(f"kdlib.detection.{name}" for name in ("backbone", "cascade", "coco", "evaluate", "fit", "model", "optimizer", "settings")),
+    *("kdlib.detection.table", "kdlib.detection.train"),
     "kdlib.decoding.worker",  # passes on what kdlib.decoding.pixels makes
     *("kdlib.data.class_map", "kdlib.data.listing", "kdlib.decoding.shards"),  # what they find is in the data's fingerprint
     *("kdlib.plots", *(f"kdlib.plots.{name}" for name in ("by_method", "curves", "scales", "style", "tuning"))),
