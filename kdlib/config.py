@@ -2,7 +2,6 @@
 
 import difflib
 import itertools
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +38,6 @@ from kdlib.schema import (
 
 __all__ = [
     "FILE",
-    "RENDEZVOUS",
     "Cifar100",
     "Comparison",
     "ComputeParams",
@@ -64,7 +62,6 @@ __all__ = [
     "known",
     "load",
     "parse",
-    "placed",
     "read",
     "refuse",
     "some",
@@ -73,7 +70,6 @@ __all__ = [
 
 FILE = "params.yaml"
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # no "-" and no ".": DVC joins names with the one and splits keys at the other
-RENDEZVOUS = "KDLIB_RENDEZVOUS"  # environment variable: host:port of the machine that a cluster made the first
 LONGEST = 200  # characters of what was found that a message repeats
 Form = TypeVar("Form", bound=Part)
 
@@ -155,14 +151,6 @@ def read(root: Path) -> dict[Any, Any]:
 def load(root: Path) -> Study:
     """The checked study of ``root/params.yaml``. Raises ``Refused`` with one line for the first thing that is wrong."""
     return parse(read(root))
-
-
-def placed(study: Study) -> Study:
-    """The study on the machines that a cluster has chosen, where one has: the rendezvous is at the first of them."""
-    if RENDEZVOUS not in os.environ:
-        return study
-    launch = study.study.launch.model_copy(update={"rendezvous": os.environ[RENDEZVOUS]})
-    return study.model_copy(update={"study": study.study.model_copy(update={"launch": launch})})
 
 
 def parse(content: Mapping[Any, Any]) -> Study:

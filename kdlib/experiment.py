@@ -24,6 +24,7 @@ from kdlib.provenance import fingerprint
 from kdlib.ranks import as_the_first, rank, say, wait_for_all
 from kdlib.results import TEACHERS, full_disk_refused, read_json, run_folder, write_json
 from kdlib.store import ANSWERS, Store, beside_dvc_cache
+from kdlib.train.launch import placed
 from kdlib.train.run import Job, Setting, train, write_measured
 from kdlib.train.schedule import Schedule
 from kdlib.train.teacher import Teacher
@@ -55,7 +56,7 @@ class Experiment:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or config.find_root()
-        self.study: Study = config.placed(config.load(self.root))
+        self.study: Study = placed(config.load(self.root))
         self.store = Store(beside_dvc_cache(self.root))
         self.answers = beside_dvc_cache(self.root, ANSWERS)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

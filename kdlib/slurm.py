@@ -22,7 +22,8 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
 
 from kdlib import config
-from kdlib.config import RENDEZVOUS, Launch, Refused, refuse
+from kdlib.config import Launch, Refused, refuse
+from kdlib.train.launch import RENDEZVOUS
 from kdlib.train.signals import stop_children
 
 JOBS = Path(".state/slurm")  # of the study: a folder for each job, with what it is to do and what it says

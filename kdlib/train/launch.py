@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from kdlib.config import Launch, Refused, refuse
+from kdlib.config import Launch, Refused, Study, refuse
 from kdlib.results import full_disk_refused
 from kdlib.train import progress
 from kdlib.train.signals import Stopped, asked_to_stop, held_back, stop_children
@@ -26,12 +26,21 @@ LOOK_SECONDS = 0.5  # between two looks at whether all are alive, and whether th
 JOIN_SECONDS = 600  # for all machines to come
 LAST_WORDS_SECONDS = 3.0  # that a process with an error leaves to one that died without a word
 WORK = "kdlib/work"
+RENDEZVOUS = "KDLIB_RENDEZVOUS"  # environment variable: host:port of the machine that a cluster made the first
 Result = TypeVar("Result")
 Work = tuple[str, Callable[[], Any], type[Exception]]  # its name, what to do, what it may raise in all processes alike
 
 
 class RankFailed(RuntimeError):
     """One of the processes that trained together has died; the others were ended."""
+
+
+def placed(study: Study) -> Study:
+    """The study on the machines that a cluster has chosen, where one has: the rendezvous is at the first of them."""
+    if RENDEZVOUS not in os.environ:
+        return study
+    launch = study.study.launch.model_copy(update={"rendezvous": os.environ[RENDEZVOUS]})
+    return study.model_copy(update={"study": study.study.model_copy(update={"launch": launch})})
 
 
 def together(launch: Launch, work: Callable[[], Result], raises: type[Exception]) -> Result:
