@@ -3,7 +3,8 @@
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -184,3 +185,16 @@ def _check_batch(study: Study, recipe: str, user: str, images: int) -> None:
         raise refuse(
             f"recipes.{recipe}.batch_size", batch, f"at most the {images} training images of {user}", "make it smaller, or use more data"
         )
+
+
+@contextmanager
+def full_memory_refused(name: str, recipe: Recipe) -> Iterator[None]:
+    """The GPU's memory running out in a training by this recipe becomes one line that says what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        group = recipe.batch_size // recipe.groups
+        found = f"{group} images, more than the memory of the GPU is enough for ({str(error).splitlines()[0]})"
+        do = "set it lower (it changes which images are mixed and normalised together), train fewer methods at once, or use a larger GPU"
+        allowed = "what fits; `python -m kdlib.study plan` finds the largest that does"
+        raise refuse(f"recipes.{name}.group_size", found, allowed, do) from error

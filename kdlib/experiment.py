@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from kdlib import config, identity
-from kdlib.checks import check_against_data, check_launch, check_method, check_names
+from kdlib.checks import check_against_data, check_launch, check_method, check_names, full_memory_refused
 from kdlib.config import Comparison, Study, refuse
 from kdlib.data import prepare
 from kdlib.data.splits import DataSet, Index, load, subset
@@ -170,7 +170,8 @@ class Experiment:
         setting = Setting(data, index, params.model, size, None, recipe, params.seed, self.device, f"teacher {name}", compute)
         alone = Variant(PLAIN, PLAIN, {"hard_weight": 1.0})
         plan = Planned(alone, params.seed, identity.of_run(setting, None, alone))
-        self._complete(setting, [plan])
+        with full_memory_refused(params.recipe, recipe):
+            self._complete(setting, [plan])
         return plan
 
     def _run_groups(self, name: str, groups: Sequence[Group]) -> list[Planned]:
@@ -183,7 +184,8 @@ class Experiment:
 
     def _run(self, name: str, group: Group) -> list[Planned]:
         setting, plans = self._plan(name, group)
-        self._complete(setting, plans)
+        with full_memory_refused(self.study.comparisons[name].recipe, setting.recipe):
+            self._complete(setting, plans)
         return plans
 
     def _plan(self, name: str, group: Group) -> tuple[Setting, list[Planned]]:

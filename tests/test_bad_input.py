@@ -479,6 +479,23 @@ def test_other_errors_of_the_disk_are_not_called_a_full_one(tmp_path: Path, stag
         getattr(study, stage)(*arguments[stage])
 
 
+@pytest.mark.parametrize(("stage", "recipe"), [("make_teacher", "weak"), ("distill", "strong"), ("try_method", "strong")])
+def test_a_gpu_too_small_is_one_line_that_names_the_group(tmp_path: Path, stage: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = training.content(methods=["kd"])
+    root = training.fresh(tmp_path / "project", content)
+    shutil.rmtree(training.store(root), ignore_errors=True)
+    study = opened(root, content)
+    group = content["recipes"][recipe]["group_size"] or content["recipes"][recipe]["batch_size"]
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("kdlib.train.learner.Learner.take", full)
+    arguments = {"make_teacher": ("small",), "distill": (training.COMPARISON,), "try_method": (training.COMPARISON, "kd", 3)}
+    with refused(f"recipes.{recipe}.group_size", f"'{group} images", "CUDA out of memory.", "`python -m kdlib.study plan`"):
+        getattr(study, stage)(*arguments[stage])
+
+
 # Through the command
 
 
