@@ -1,0 +1,164 @@
+"""studies/imagenet end to end, with its own architectures, on small images: trained, killed, resumed, shared out, exported, measured."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+from torchvision.datasets import CIFAR100
+
+from kdlib import config, results, tables
+from kdlib.experiment import Experiment
+from kdlib.export import export
+from kdlib.models.loading import load_checkpoint
+from kdlib.results import read_json
+from kdlib.train.measure import predict
+from tests import imagenet, jpegs, published_recipes, tiny, training
+
+COMPARISONS = ("f1_030", "t1_r56_r20_previous", "t3_r152_a2_hints", "t6_vit_tiny", "t6_convnextv2_tiny")  # of every kind of student
+REPEATED = "f1_030"  # killed, and by two processes
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    """Folders laid out as ImageNet and CIFAR-100 are."""
+    folder = tmp_path_factory.mktemp("inputs")
+    cifar = imagenet.write_cifar(folder / "cifar")
+    md5 = imagenet.md5s(cifar)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
+        patched.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
+        patched.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]})
+        yield jpegs.write(folder / "imagenet"), cifar
+
+
+def prepared(root: Path, made: dict[str, Any]) -> Experiment:
+    """Data and teachers ready."""
+    imagenet.write_weights(tiny.write(root, made), made)
+    shutil.copytree(tiny.ROOT / "results" / "published", root / "results" / "published")
+    experiment = Experiment(root)
+    for name in made["data"]:
+        experiment.prepare_data(name)
+    for name in made["teachers"]:
+        experiment.make_teacher(name)
+    return experiment
+
+
+@pytest.fixture(scope="module")
+def study(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Experiment]:
+    """Some comparisons, each trained by this process."""
+    root = tmp_path_factory.mktemp("study")
+    experiment = prepared(root, imagenet.content(*inputs, COMPARISONS))
+    for name in COMPARISONS:
+        experiment.distill(name)
+    yield experiment
+    shutil.rmtree(root)  # some GB
+
+
+def again(study: Experiment, root: Path, made: dict[str, Any]) -> Path:
+    """The same study with nothing distilled."""
+    tiny.write(root, made)
+    for name in ("data", "teacher"):
+        shutil.copytree(study.root / "runs" / name, root / "runs" / name, copy_function=os.link)
+    return root
+
+
+def check_finished(root: Path, made: dict[str, Any], name: str) -> None:
+    folders = {path.parent: read_json(path) for path in (root / "runs" / "distill" / name).rglob("metrics.json")}
+    assert len(folders) == len(made["comparisons"][name]["methods"])
+    for folder, metrics in folders.items():
+        assert metrics["status"] == "finished"
+        assert np.isfinite(pd.read_csv(folder / "curve.csv")["loss"]).all()
+
+
+def test_every_student_learns_from_its_teacher(study: Experiment, inputs: tuple[Path, Path]) -> None:
+    for name in COMPARISONS:
+        check_finished(study.root, imagenet.content(*inputs), name)
+
+
+def test_its_tables_put_published_numbers_beside_measured_ones(study: Experiment) -> None:
+    made = tables.made(study.root, study.study)
+    numbers = tables.read(study.root, made, study.study)
+    out = study.root / "results"
+    built = {table.name: table for table in tables.build(made, numbers)}
+    for table in built.values():
+        tables.write(table, out / "tables")
+    found = pd.read_csv(out / "tables" / "published.csv")
+    ours = found[found["comparison"] == REPEATED]
+    assert len(ours)
+    assert (ours["n"] == 1).all()
+    assert ours["mean"].notna().all()
+    assert found[found["comparison"].isna()]["mean"].isna().all()
+    assert set(ours["settings"]) == {"assumed"}
+    assert ours["verdict"].isna().all()
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bytes(study: Experiment, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    root = again(study, tmp_path / "study", imagenet.content(*inputs, COMPARISONS, checkpoint_seconds=0))
+    script = [sys.executable, "-c", "import sys; from kdlib.experiment import Experiment; Experiment(sys.argv[1]).distill(sys.argv[2])"]
+    command = [*script, str(root), REPEATED]
+    with (tmp_path / "log").open("wb") as log, contextlib.ExitStack() as ends:
+        first = ends.enter_context(subprocess.Popen(command, cwd=tiny.ROOT, stdout=log, stderr=log, start_new_session=True))
+        while not list(training.store(root).rglob("checkpoint-*.pt")):
+            assert first.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        os.killpg(first.pid, signal.SIGKILL)
+    assert not training.numbers(root)
+    subprocess.run(command, cwd=tiny.ROOT, check=True, timeout=200)
+    theirs = {path: content for path, content in training.numbers(study.root).items() if path.startswith(REPEATED)}
+    assert training.numbers(root) == theirs
+
+
+def test_two_processes_are_one(study: Experiment, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    launch = {"processes": 2, "nodes": 1, "rendezvous": None}
+    root = again(study, tmp_path, imagenet.content(*inputs, COMPARISONS, launch=launch))
+    Experiment(root).distill(REPEATED)
+    paths = sorted((study.root / "runs" / "distill" / REPEATED).rglob("curve.csv"))
+    assert paths
+    for path in paths:
+        ours, theirs = (pd.read_csv(one) for one in (path, root / path.relative_to(study.root)))
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=2e-2)
+
+
+def test_an_exported_student_scores_as_its_run_did(study: Experiment, tmp_path: Path) -> None:
+    """Read by the way that released files take, and measured on the test images anew."""
+    run = ("t6_vit_tiny", "kd", 0)
+    export(study, run, tmp_path)
+    model, data = study.study.comparisons[run[0]].student, study.data("imagenet")
+    made = load_checkpoint("CHECKPOINT", tmp_path / "model.safetensors", model, (data.classes, data.channels, data.size))
+    logits = predict(made.eval(), data.test.images, imagenet.BATCH, training.CPU)
+    metrics = read_json(results.run_folder(study.root, run) / "metrics.json")
+    assert metrics["test_top1"] == pytest.approx((logits.argmax(1).numpy() == data.test.labels).mean())
+    alone = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert alone.state_dict().keys() == made.net.state_dict().keys()
+
+
+def test_recipes_are_the_papers() -> None:
+    """But for the augmentation on the device, which params.yaml says."""
+    recipes = config.load(imagenet.STUDY).recipes
+    for name, strategy in (("a1", "A1"), ("a2", "A2")):
+        assert recipes[name] == published_recipes.strong(strategy, augment="batched")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_every_comparison_of_the_study(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """All 51, BEiTv2-L among the teachers: 10 GB on the disk while it runs."""
+    made = imagenet.content(*inputs)
+    experiment = prepared(tmp_path, made)
+    for name in made["comparisons"]:
+        experiment.distill(name)
+        check_finished(tmp_path, made, name)
+        for weights in (tmp_path / "runs" / "distill" / name).rglob("*.safetensors"):
+            weights.unlink()  # copies of what the store has
