@@ -36,8 +36,11 @@ def screen(rows: Sequence[Row]) -> str:
     return "\n".join(_line(line, widths, names) for line in (heads, *cells))
 
 
-def notes(rows: Sequence[Row], where: str, steps: int, processes: int) -> list[str]:
-    """What is to be known beside the numbers, of a plan made on a device by so many steps, for processes that train together."""
+def notes(rows: Sequence[Row], where: str, steps: int, processes: int, assumed: Sequence[str]) -> list[str]:
+    """What is to be known beside the numbers, of a plan made on a device by so many steps, for processes that train together.
+
+    ``assumed``: data sets whose images were not counted, but taken to be ImageNet's.
+    """
     told = [f"{data}: images are counted by the data stage, which has not run" for data in unknown(rows)]
     if steps:
         told += [
@@ -45,6 +48,9 @@ def notes(rows: Sequence[Row], where: str, steps: int, processes: int) -> list[s
             "images that lie in memory, without a search for what compiling gains; time is without validation and tests, and does not",
             "know what is finished already",
         ]
+    if shared := sum(row.shared for row in rows):
+        told.append(f"{shared} runs that an earlier comparison makes too are counted there")
+    told += [f"{data}: counted as ImageNet's official images, since the data stage has not run" for data in assumed]
     wall = total([row.forecast for row in rows]).wall_hours
     if processes > 1 and wall is not None:
         told.append(f"time is that of one of {processes} processes times {processes}; on the clock, if they do not wait, {duration(wall)}")
@@ -80,7 +86,7 @@ def _numbers(of: Forecast) -> list[str]:
     ]
 
 
-def short(value: float | None, unit: str = "") -> str:
+def short(value: int | float | None, unit: str = "") -> str:
     """Three digits and a prefix: 1.23 T; blank for None."""
     if value is None:
         return ""

@@ -62,6 +62,7 @@ class Row:
     recipe: str
     forecast: Forecast
     live_bytes: int = 0  # of the teacher's answers to the views of one seed, where they are too many to be kept
+    shared: int = 0  # runs that an earlier comparison makes too, and which are counted there
 
 
 def forecast(stages: Sequence[Sequence[Cost]], images: int, machine: Machine, answers_bytes: int) -> Forecast:

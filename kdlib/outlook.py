@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 
 from kdlib.checks import check_against_data
-from kdlib.config import Refused, Study, refuse
-from kdlib.data.imagined import Facts, facts, imagined
+from kdlib.config import Comparison, Refused, Study, refuse
+from kdlib.data.imagined import Facts, Shape, facts, imagined
 from kdlib.experiment import DATA, PLAIN, Experiment
 from kdlib.forecast import Cost, Forecast, Machine, Row, forecast, largest_group
 from kdlib.losses import METHODS
@@ -42,16 +43,31 @@ class Kind:
 
 Group = tuple[Kind, int]  # with its seed
 Stages = list[list[Group]]  # one after the other; the groups of one share out the machine
+Runs = set[tuple[object, ...]]  # each by what tells it from others (as kdlib.identity does, when data and weights are there)
 
 
-def stages(experiment: Experiment, name: str) -> Stages:
-    """What ``Experiment.distill`` trains, in its order."""
+def stages(experiment: Experiment, name: str, planned: Runs) -> Stages:
+    """What ``Experiment.distill`` trains, in its order, but for runs that are ``planned`` already, to which these are added."""
     study, comparison = experiment.study, experiment.study.comparisons[name]
     sweep = comparison.sweep
     asked = [([variant.method for variant in trials_of(comparison, study)], [sweep.seed])] if sweep else []
     asked.append(([*comparison.methods, *(sweep.grids if sweep else ())], study.study.seeds))
     kind = Kind(comparison.data, comparison.teacher, comparison.student, None, comparison.recipe, (), 1)
-    return [_stage(experiment.schedule, kind, methods, seeds) for methods, seeds in asked if methods]
+    made = [_stage(experiment.schedule, kind, methods, seeds) for methods, seeds in asked if methods]
+    return made if sweep else [_unplanned(study, comparison, stage, planned) for stage in made]
+
+
+def _unplanned(study: Study, comparison: Comparison, stage: list[Group], planned: Runs) -> list[Group]:
+    """One comparison's run may be another's too, which then takes it from the store."""
+    left = []
+    recipe, fixed = study.recipes[comparison.recipe].model_dump_json(), comparison.subset_seed
+    for kind, seed in stage:
+        drawn = None if comparison.fraction == 1 else (comparison.fraction, seed if fixed is None else fixed)
+        keys = {method: (kind.data, drawn, kind.teacher, kind.student, recipe, method, seed) for method in kind.methods}
+        methods = tuple(method for method in kind.methods if keys[method] not in planned)
+        planned |= set(keys.values())
+        left += [(replace(kind, methods=methods), seed)] if methods else []
+    return left
 
 
 def _stage(schedule: Schedule, kind: Kind, methods: list[str], seeds: list[int]) -> list[Group]:
@@ -86,7 +102,13 @@ class Outlook:
         for one in self.facts.values():
             check_against_data(self.study, imagined(one))
         self.work = {f"teachers.{name}": teaching(experiment, name) for name, item in self.study.teachers.items() if not item.checkpoint}
-        self.work |= {f"comparisons.{name}": stages(experiment, name) for name in self.study.comparisons}
+        planned: Runs = set()
+        self.work |= {f"comparisons.{name}": stages(experiment, name, planned) for name in self.study.comparisons}
+
+    @property
+    def assumed(self) -> list[str]:
+        """Data sets whose images nobody has counted yet, and which are taken to be ImageNet."""
+        return [name for name, one in self.facts.items() if one.assumed]
 
     @property
     def where(self) -> str:
@@ -112,6 +134,7 @@ class Outlook:
         """Tried side by side, as they will be trained."""
         of = functools.partial(_cost, self.study, self.facts, self.device, (self.steps, self.machine.together))
         costs: dict[Kind, Cost] = {}
+        print(f"tries {len(kinds)} groups of runs, of the largest nets some seconds each", file=sys.stderr, flush=True)
         for count in sorted({kind.threads for kind in kinds}):
             alike = [kind for kind in kinds if kind.threads == count]
             costs |= dict(zip(alike, side_by_side(of, alike, self._beside(count)), strict=True))
@@ -136,15 +159,21 @@ class Outlook:
 
     def _row(self, key: str, costs: Mapping[Kind, Cost], kept: dict[object, int]) -> Row:
         its, (section, name) = self.work[key], key.split(".")
-        kind = its[0][0][0]
-        about = section.removesuffix("s"), name, kind.data, kind.student, kind.teacher, kind.recipe
-        if kind.data not in self.facts:
-            return Row(*about, Forecast(sum(len(kind.methods) for stage in its for kind, _ in stage)))
-        recipe = self.study.recipes[kind.recipe]
-        steps = total_steps(recipe, self.facts[kind.data].train_images)
-        answers, live = self._answers(name, costs, steps, kept) if kind.teacher else (0, 0)
+        runs, shared, teacher = sum(len(kind.methods) for stage in its for kind, _ in stage), 0, None
+        if section == "teachers":
+            data, student, recipe_name = (taught := self.study.teachers[name]).data, taught.model, taught.recipe
+        else:
+            among = self.study.comparisons[name]
+            data, student, teacher, recipe_name = among.data, among.student, among.teacher, among.recipe
+            shared = 0 if among.sweep else len(among.methods) * len(self.study.study.seeds) - runs
+        about = section.removesuffix("s"), name, data, student, teacher, recipe_name
+        if data not in self.facts:
+            return Row(*about, Forecast(runs), shared=shared)
+        recipe = self.study.recipes[recipe_name]
+        steps = total_steps(recipe, self.facts[data].train_images)
+        answers, live = self._answers(name, costs, steps, kept) if teacher else (0, 0)
         found = [[costs[kind] for kind, _ in stage] for stage in its]
-        return Row(*about, forecast(found, steps * recipe.batch_size, self.machine, answers), live)
+        return Row(*about, forecast(found, steps * recipe.batch_size, self.machine, answers), live, shared)
 
     def _answers(self, name: str, costs: Mapping[Kind, Cost], steps: int, kept: dict[object, int]) -> tuple[int, int]:
         """Bytes of teachers' answers that a comparison adds to those that are kept, of the same views once; and of those to one seed's
@@ -193,11 +222,16 @@ def _cost(study: Study, known: Mapping[str, Facts], device: torch.device, of: tu
         return trial.cost(*_setting(study, known[kind.data], device, kind), *of)
 
 
+@functools.lru_cache(maxsize=1)  # a large one takes seconds to make, and most groups in turn have the same
+def _untrained(model: str, shape: Shape, device: torch.device) -> Teacher:
+    return Teacher(build(model, *shape).to(device))
+
+
 def _setting(study: Study, of: Facts, device: torch.device, kind: Kind) -> tuple[Setting, trial.Methods]:
     data, teacher = imagined(of), None
     if kind.teacher:
         taught = study.teachers[kind.teacher]
-        teacher = Teacher(build(taught.model, data.classes, data.channels, taught.size or data.size).to(device))
+        teacher = _untrained(taught.model, (data.classes, data.channels, taught.size or data.size), device)
     parameters = study.methods if kind.teacher else {PLAIN: {"hard_weight": 1.0}}
     # all training images, whatever the fraction: a method that keeps something of each takes the most
     index, recipe = np.arange(of.train_images), study.recipes[kind.recipe]

@@ -61,7 +61,8 @@ def plan(root: Path, steps: int) -> None:
     outlook = Outlook(Experiment(root), steps)
     rows = outlook.rows()
     write_csv(root / PLAN, bill.frame(rows))
-    print(bill.screen(rows), *bill.notes(rows, outlook.where, steps, outlook.machine.together), f"the same as CSV: {root / PLAN}", sep="\n")
+    notes = bill.notes(rows, outlook.where, steps, outlook.machine.together, outlook.assumed)
+    print(bill.screen(rows), *notes, f"the same as CSV: {root / PLAN}", sep="\n")
     check_disk(total([row.forecast for row in rows]), shutil.disk_usage(project(root)).free)
 
 

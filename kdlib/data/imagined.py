@@ -26,6 +26,7 @@ class Facts:
     shape: Shape
     hflip: float
     train_images: int
+    assumed: bool = False  # nobody has counted: as many as ImageNet's
 
 
 def declared(source: config.DataSource) -> Shape:
@@ -49,13 +50,19 @@ def _cifar100(params: config.Cifar100) -> int:
     return 100 * (500 - max(1, round(params.val_fraction * 500)))
 
 
-def _imagenet(params: config.Imagenet) -> int:
+def _imagenet(params: config.Imagenet | config.Originals) -> int:
     """Wrong by up to half an image of each class, since the validation images are drawn class by class."""
     return IMAGENET - round(params.val_fraction * IMAGENET)
 
 
 # Training images, for the sources of which params.yaml tells them.
-KNOWN: dict[str, Callable[[Any], int]] = {"digits": _digits, "fractals": _fractals, "cifar100": _cifar100, "imagenet": _imagenet}
+KNOWN: dict[str, Callable[[Any], int]] = {
+    "digits": _digits,
+    "fractals": _fractals,
+    "cifar100": _cifar100,
+    "imagenet": _imagenet,
+    "originals": _imagenet,
+}
 
 
 def facts(name: str, params: config.DataSource, folder: Path) -> Facts | None:
@@ -66,7 +73,9 @@ def facts(name: str, params: config.DataSource, folder: Path) -> Facts | None:
         if found["source"] == params.source and found["size"] == declared(params)[2]:
             shape = found["classes"], found["channels"], found["size"]
             return Facts(name, shape, params.hflip, found["counts"]["train"])
-    return Facts(name, declared(params), params.hflip, KNOWN[params.source](params)) if params.source in KNOWN else None
+    if params.source not in KNOWN:
+        return None
+    return Facts(name, declared(params), params.hflip, KNOWN[params.source](params), params.source == "originals")
 
 
 def imagined(of: Facts) -> DataSet:
