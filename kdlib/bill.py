@@ -10,7 +10,7 @@ from kdlib.forecast import Forecast, Row, total
 
 WIDTH = 120  # characters of a line on the screen
 SHORTEST = 8  # characters that a name is cut to, at least
-_COUNTS = ("runs", "images", "flops", "peak_bytes", "checkpoint_bytes", "weights_bytes", "answers_bytes")
+_COUNTS = ("runs", "images", "peak_bytes", "checkpoint_bytes", "weights_bytes", "answers_bytes")
 _PREFIXES = {1e18: " E", 1e15: " P", 1e12: " T", 1e9: " G", 1e6: " M", 1e3: " k"}
 
 
@@ -21,7 +21,7 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
         about = asdict(row)
         tidy.append({**about, **about.pop("forecast")})
     found = pd.DataFrame(tidy).drop(columns="forecast")
-    return found.astype(dict.fromkeys(_COUNTS, "Int64"))
+    return found.astype(dict.fromkeys(_COUNTS, "Int64") | {"flops": "float64"})  # ImageNet's are too many for 64 bits
 
 
 def screen(rows: Sequence[Row]) -> str:

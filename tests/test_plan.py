@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from kdlib import study
+from kdlib.bill import frame
 from kdlib.config import Refused
-from kdlib.forecast import Forecast, largest_group
+from kdlib.forecast import Forecast, Row, largest_group
 from kdlib.outlook import Kind, check_disk, too_large
 from tests import tiny, training
 from tests.refusals import refused
@@ -64,6 +65,11 @@ def test_originals_that_nobody_counted_are_taken_for_imagenet(tmp_path: Path, ca
     found = planned(tmp_path, made, 0)
     assert found.loc[training.COMPARISON, "images"] == pytest.approx(1_281_167 * 0.998, rel=1e-3)
     assert "net: counted as ImageNet's official images" in capsys.readouterr().out
+
+
+def test_operations_may_be_too_many_for_64_bits() -> None:
+    made = frame([Row("comparison", "t3", "net", "resnet50", "large", "a2", Forecast(3, images=10**9, flops=10**20))])
+    assert made["flops"].tolist() == [1e20]
 
 
 def test_a_group_too_large_for_the_memory_is_refused_with_the_one_that_fits() -> None:
