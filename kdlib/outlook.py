@@ -42,19 +42,37 @@ class Kind:
 
 
 Group = tuple[Kind, int]  # with its seed
-Stages = list[list[Group]]  # one after the other; the groups of one share out the machine
 Runs = set[tuple[object, ...]]  # each by what tells it from others (as kdlib.identity does, when data and weights are there)
 
 
-def stages(experiment: Experiment, name: str, planned: Runs) -> Stages:
-    """What ``Experiment.distill`` trains, in its order, but for runs that are ``planned`` already, to which these are added."""
+@dataclass(frozen=True)
+class Work:
+    """What a teacher or a comparison trains."""
+
+    of: Kind  # without methods: what all of its groups have in common
+    stages: list[list[Group]]  # one after the other; the groups of one share out the machine
+    shared: int = 0  # runs that are left out, since an earlier comparison makes them
+
+    @property
+    def runs(self) -> int:
+        return sum(len(kind.methods) for stage in self.stages for kind, _ in stage)
+
+
+def distilling(experiment: Experiment, name: str, planned: Runs) -> Work:
+    """What ``Experiment.distill`` trains, in its order, but for runs that are ``planned`` already, to which these are added.
+
+    Those of a sweep are not compared: which parameters it will choose is not known.
+    """
     study, comparison = experiment.study, experiment.study.comparisons[name]
     sweep = comparison.sweep
     asked = [([variant.method for variant in trials_of(comparison, study)], [sweep.seed])] if sweep else []
     asked.append(([*comparison.methods, *(sweep.grids if sweep else ())], study.study.seeds))
     kind = Kind(comparison.data, comparison.teacher, comparison.student, None, comparison.recipe, (), 1)
-    made = [_stage(experiment.schedule, kind, methods, seeds) for methods, seeds in asked if methods]
-    return made if sweep else [_unplanned(study, comparison, stage, planned) for stage in made]
+    made = Work(kind, [_stage(experiment.schedule, kind, methods, seeds) for methods, seeds in asked if methods])
+    if sweep:
+        return made
+    left = Work(kind, [_unplanned(study, comparison, stage, planned) for stage in made.stages])
+    return replace(left, shared=made.runs - left.runs)
 
 
 def _unplanned(study: Study, comparison: Comparison, stage: list[Group], planned: Runs) -> list[Group]:
@@ -76,11 +94,11 @@ def _stage(schedule: Schedule, kind: Kind, methods: list[str], seeds: list[int])
     return [(replace(kind, methods=tuple(share), threads=its), seed) for share, seed in groups]
 
 
-def teaching(experiment: Experiment, name: str) -> Stages:
+def teaching(experiment: Experiment, name: str) -> Work:
     """What ``Experiment.make_teacher`` trains."""
     params = experiment.study.teachers[name]
-    its = _threads(experiment.schedule, 1)
-    return [[(Kind(params.data, None, params.model, params.size, params.recipe, (PLAIN,), its), params.seed)]]
+    kind = Kind(params.data, None, params.model, params.size, params.recipe, (), _threads(experiment.schedule, 1))
+    return Work(kind, [[(replace(kind, methods=(PLAIN,)), params.seed)]])
 
 
 def _threads(schedule: Schedule, groups: int) -> int:
@@ -103,7 +121,7 @@ class Outlook:
             check_against_data(self.study, imagined(one))
         self.work = {f"teachers.{name}": teaching(experiment, name) for name, item in self.study.teachers.items() if not item.checkpoint}
         planned: Runs = set()
-        self.work |= {f"comparisons.{name}": stages(experiment, name, planned) for name in self.study.comparisons}
+        self.work |= {f"comparisons.{name}": distilling(experiment, name, planned) for name in self.study.comparisons}
 
     @property
     def assumed(self) -> list[str]:
@@ -121,7 +139,7 @@ class Outlook:
         """The teachers that are to be trained, then the comparisons. Raises ``Refused`` for the first that memory is too small for."""
         users: dict[Kind, str] = {}  # of each kind whose data are known the first
         for key, its in self.work.items():
-            for kind in (kind for stage in its for kind, _ in stage if kind.data in self.facts):
+            for kind in (kind for stage in its.stages for kind, _ in stage if kind.data in self.facts):
                 users.setdefault(kind, key)
         costs = self._costs(list(users))
         if self.steps:
@@ -159,21 +177,14 @@ class Outlook:
 
     def _row(self, key: str, costs: Mapping[Kind, Cost], kept: dict[object, int]) -> Row:
         its, (section, name) = self.work[key], key.split(".")
-        runs, shared, teacher = sum(len(kind.methods) for stage in its for kind, _ in stage), 0, None
-        if section == "teachers":
-            data, student, recipe_name = (taught := self.study.teachers[name]).data, taught.model, taught.recipe
-        else:
-            among = self.study.comparisons[name]
-            data, student, teacher, recipe_name = among.data, among.student, among.teacher, among.recipe
-            shared = 0 if among.sweep else len(among.methods) * len(self.study.study.seeds) - runs
-        about = section.removesuffix("s"), name, data, student, teacher, recipe_name
-        if data not in self.facts:
-            return Row(*about, Forecast(runs), shared=shared)
-        recipe = self.study.recipes[recipe_name]
-        steps = total_steps(recipe, self.facts[data].train_images)
-        answers, live = self._answers(name, costs, steps, kept) if teacher else (0, 0)
-        found = [[costs[kind] for kind, _ in stage] for stage in its]
-        return Row(*about, forecast(found, steps * recipe.batch_size, self.machine, answers), live, shared)
+        about = section.removesuffix("s"), name, its.of.data, its.of.student, its.of.teacher, its.of.recipe
+        if its.of.data not in self.facts:
+            return Row(*about, Forecast(its.runs), shared=its.shared)
+        recipe = self.study.recipes[its.of.recipe]
+        steps = total_steps(recipe, self.facts[its.of.data].train_images)
+        answers, live = self._answers(name, costs, steps, kept) if its.of.teacher else (0, 0)
+        found = [[costs[kind] for kind, _ in stage] for stage in its.stages]
+        return Row(*about, forecast(found, steps * recipe.batch_size, self.machine, answers), live, its.shared)
 
     def _answers(self, name: str, costs: Mapping[Kind, Cost], steps: int, kept: dict[object, int]) -> tuple[int, int]:
         """Bytes of teachers' answers that a comparison adds to those that are kept, of the same views once; and of those to one seed's
@@ -181,7 +192,7 @@ class Outlook:
         comparison, most = self.study.comparisons[name], round(1e9 * self.study.study.answers_gb)
         views = json.dumps(self.study.recipes[comparison.recipe].views(), sort_keys=True)
         added = live = 0
-        for kind, seed in (group for stage in self.work[f"comparisons.{name}"] for group in stage):
+        for kind, seed in (group for stage in self.work[f"comparisons.{name}"].stages for group in stage):
             size, to = steps * costs[kind].answers_bytes, (comparison.data, comparison.fraction, comparison.teacher, views, seed)
             if size > most:
                 live = max(live, size)

@@ -1,18 +1,17 @@
 """studies/imagenet made small: its own comparisons, architectures and recipes, on a few images of 32 px and for a few steps."""
 
-import hashlib
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
 from kdlib import config
-from tests import jpegs, tiny
+from tests import cifar_pickles, jpegs, tiny
 
 STUDY = tiny.ROOT / "studies" / "imagenet"
 STEPS = 2
@@ -59,17 +58,9 @@ def write_weights(root: Path, made: Mapping[str, Any]) -> None:
             save_file(state, path)
 
 
-def write_cifar(root: Path) -> Path:
-    """CIFAR-100's pickles, of few classes and images; returns ``root``. torchvision knows the real ones by their MD5."""
-    folder = root / "cifar-100-python"
-    folder.mkdir(parents=True)
+def write_cifar(root: Path, patched: pytest.MonkeyPatch) -> Path:
+    """CIFAR-100 of four classes; returns ``root``."""
     rng = np.random.default_rng(0)
-    for name, count in (("train", 48), ("test", 16)):
-        images = rng.integers(0, 256, (count, 3 * 32 * 32), np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": images, "fine_labels": [number % 4 for number in range(count)]}))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["apple", "bear", "cup", "dolphin"]}))
-    return root
-
-
-def md5s(root: Path) -> dict[str, str]:
-    return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in (root / "cifar-100-python").iterdir()}
+    counts = {"train": 48, "test": 16}
+    parts = {file: (rng.integers(0, 256, (count, 3 * 32 * 32), np.uint8), [i % 4 for i in range(count)]) for file, count in counts.items()}
+    return cifar_pickles.write(root, ["apple", "bear", "cup", "dolphin"], parts, patched)

@@ -86,6 +86,12 @@ def _add(tar: tarfile.TarFile, file: Path, numbered: bool) -> None:
         tar.addfile(about, io.BytesIO(content))
 
 
+def entry(path: Path | str, **changes: object) -> dict[str, object]:
+    """Of params.yaml's data: folders of originals, views of 16 px."""
+    made = {"source": "originals", "path": str(path), "stored": "folders", "class_map": None, "size": 16, "crop_pct": 0.95}
+    return made | {"unreadable": 0.1, "val_fraction": 0.25, "seed": 0, "hflip": 0.5} | changes
+
+
 def class_map(file: Path, names: Iterable[str] = CLASSES) -> Path:
     file.write_text("".join(f"{name}\n" for name in names))
     return file

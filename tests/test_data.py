@@ -20,6 +20,7 @@ from torchvision.datasets import CIFAR100
 
 from kdlib import config, data
 from kdlib.data import splits
+from tests import cifar_pickles
 
 DIGITS = config.Digits(source="digits", val_fraction=0.2, test_fraction=0.3, seed=0, hflip=0.0)
 PARTS = ("train", "val", "test")
@@ -156,19 +157,11 @@ def test_imagenet_keeps_the_official_validation_split_for_the_test(tmp_path: Pat
 @pytest.fixture
 def pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small CIFAR-100 (3 classes, 8 + 2 images each) in the layout of its python version, known to torchvision by MD5."""
-    root = tmp_path / "in"
-    (root / "cifar-100-python").mkdir(parents=True)
+    parts = {}
     for file, count in (("train", 8), ("test", 2)):
         labels = [label for _ in range(count) for label in range(3)]
-        rows = np.stack([picture(label, i // 3, 32, 32).transpose(2, 0, 1).ravel() for i, label in enumerate(labels)])
-        content = {"data": rows, "fine_labels": labels, "coarse_labels": labels}
-        (root / "cifar-100-python" / file).write_bytes(pickle.dumps(content))
-    (root / "cifar-100-python" / "meta").write_bytes(pickle.dumps({"fine_label_names": ["apple", "bear", "cup"]}))
-    md5 = {name: hashlib.md5((root / "cifar-100-python" / name).read_bytes()).hexdigest() for name in ("train", "test", "meta")}
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
-    monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]})
-    return root
+        parts[file] = np.stack([picture(label, i // 3, 32, 32).transpose(2, 0, 1).ravel() for i, label in enumerate(labels)]), labels
+    return cifar_pickles.write(tmp_path / "in", ["apple", "bear", "cup"], parts, monkeypatch)
 
 
 def test_cifar100_reads_its_pickles(pickles: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """studies/imagenet end to end, with its own architectures, on small images: trained, killed, resumed, shared out, exported, measured."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -15,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import timm
-from torchvision.datasets import CIFAR100
 
 from kdlib import config, results, tables
 from kdlib.experiment import Experiment
@@ -34,13 +32,8 @@ REPEATED = "f1_030"  # killed, and by two processes
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """Folders laid out as ImageNet and CIFAR-100 are."""
     folder = tmp_path_factory.mktemp("inputs")
-    cifar = imagenet.write_cifar(folder / "cifar")
-    md5 = imagenet.md5s(cifar)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
-        patched.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
-        patched.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]})
-        yield jpegs.write(folder / "imagenet"), cifar
+        yield jpegs.write(folder / "imagenet"), imagenet.write_cifar(folder / "cifar", patched)
 
 
 def prepared(root: Path, made: dict[str, Any]) -> Experiment:
@@ -74,25 +67,24 @@ def again(study: Experiment, root: Path, made: dict[str, Any]) -> Path:
     return root
 
 
-def check_finished(root: Path, made: dict[str, Any], name: str) -> None:
-    folders = {path.parent: read_json(path) for path in (root / "runs" / "distill" / name).rglob("metrics.json")}
-    assert len(folders) == len(made["comparisons"][name]["methods"])
+def check_finished(study: Experiment, name: str) -> None:
+    folders = {path.parent: read_json(path) for path in (study.root / "runs" / "distill" / name).rglob("metrics.json")}
+    assert len(folders) == len(study.study.comparisons[name].methods)
     for folder, metrics in folders.items():
         assert metrics["status"] == "finished"
         assert np.isfinite(pd.read_csv(folder / "curve.csv")["loss"]).all()
 
 
-def test_every_student_learns_from_its_teacher(study: Experiment, inputs: tuple[Path, Path]) -> None:
+def test_every_student_learns_from_its_teacher(study: Experiment) -> None:
     for name in COMPARISONS:
-        check_finished(study.root, imagenet.content(*inputs), name)
+        check_finished(study, name)
 
 
 def test_its_tables_put_published_numbers_beside_measured_ones(study: Experiment) -> None:
     made = tables.made(study.root, study.study)
     numbers = tables.read(study.root, made, study.study)
     out = study.root / "results"
-    built = {table.name: table for table in tables.build(made, numbers)}
-    for table in built.values():
+    for table in tables.build(made, numbers):
         tables.write(table, out / "tables")
     found = pd.read_csv(out / "tables" / "published.csv")
     ours = found[found["comparison"] == REPEATED]
@@ -106,10 +98,11 @@ def test_its_tables_put_published_numbers_beside_measured_ones(study: Experiment
 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(study: Experiment, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     root = again(study, tmp_path / "study", imagenet.content(*inputs, COMPARISONS, checkpoint_seconds=0))
-    script = [sys.executable, "-c", DISTILL]
-    command = [*script, str(root), REPEATED]
-    with (tmp_path / "log").open("wb") as log, contextlib.ExitStack() as ends:
-        first = ends.enter_context(subprocess.Popen(command, cwd=tiny.ROOT, stdout=log, stderr=log, start_new_session=True))
+    command = [sys.executable, "-c", DISTILL, str(root), REPEATED]
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(command, cwd=tiny.ROOT, stdout=log, stderr=log, start_new_session=True) as first,
+    ):
         while not list(training.store(root).rglob("checkpoint-*.pt")):
             assert first.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.01)
@@ -160,6 +153,6 @@ def test_every_comparison_of_the_study(inputs: tuple[Path, Path], tmp_path: Path
     experiment = prepared(tmp_path, made)
     for name in made["comparisons"]:
         experiment.distill(name)
-        check_finished(tmp_path, made, name)
+        check_finished(experiment, name)
         for weights in (tmp_path / "runs" / "distill" / name).rglob("*.safetensors"):
             weights.unlink()  # copies of what the store has

@@ -38,8 +38,7 @@ TIMM = CROPS | {"augment": "timm", "randaugment": {"operations": 2, "magnitude":
 
 
 def params(path: Path | str, **changes: object) -> config.Originals:
-    made = {"source": "originals", "path": str(path), "stored": "folders", "class_map": None, "size": SIZE, "crop_pct": 0.95}
-    return config.Originals.model_validate(made | {"unreadable": 0.1, "val_fraction": 0.25, "seed": 0, "hflip": 0.5} | changes)
+    return config.Originals.model_validate(jpegs.entry(path, size=SIZE) | changes)
 
 
 def prepared(to: Path, made: config.Originals) -> DataSet:

@@ -23,8 +23,7 @@ from tests.refusals import refused
 def content(images: Path, **study: Any) -> dict[str, Any]:
     """Two methods, 24 steps of two mix groups in which each image comes twice, on views of 16 px."""
     made = training.content(methods=("kd", "dkd"), epochs=8.0, checkpoint_seconds=0, **study)
-    source = {"source": "originals", "path": str(images), "stored": "folders", "class_map": None, "size": 16, "crop_pct": 0.95}
-    made["data"] = {"net": source | {"unreadable": 0.1, "val_fraction": 0.25, "seed": 0, "hflip": 0.5}}
+    made["data"] = {"net": jpegs.entry(images)}
     made["study"]["headline"]["data"] = made["teachers"]["small"]["data"] = made["comparisons"][training.COMPARISON]["data"] = "net"
     made["comparisons"][training.COMPARISON]["fraction"] = 1.0
     for recipe in made["recipes"].values():

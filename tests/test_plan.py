@@ -12,7 +12,7 @@ from kdlib.bill import frame
 from kdlib.config import Refused
 from kdlib.forecast import Forecast, Row, largest_group
 from kdlib.outlook import Kind, check_disk, too_large
-from tests import tiny, training
+from tests import jpegs, tiny, training
 from tests.refusals import refused
 
 
@@ -57,8 +57,7 @@ def test_a_run_of_two_comparisons_is_counted_once(tmp_path: Path, capsys: pytest
 
 def test_originals_that_nobody_counted_are_taken_for_imagenet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = training.content(methods=("kd",), epochs=1.0)
-    source = {"source": "originals", "path": "$NOWHERE", "stored": "folders", "class_map": None, "size": 16, "crop_pct": 0.95}
-    made["data"] = {"net": source | {"unreadable": 0.1, "val_fraction": 0.002, "seed": 0, "hflip": 0.5}}
+    made["data"] = {"net": jpegs.entry("$NOWHERE", val_fraction=0.002)}
     made["study"]["headline"]["data"] = made["teachers"]["small"]["data"] = made["comparisons"][training.COMPARISON]["data"] = "net"
     for recipe in made["recipes"].values():
         recipe |= {"crop_min_area": 0.08, "crop_padding": 0.0}
