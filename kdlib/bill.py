@@ -50,7 +50,12 @@ def notes(rows: Sequence[Row], where: str, steps: int, processes: int, assumed: 
         ]
     if shared := sum(row.shared for row in rows):
         told.append(f"{shared} runs that an earlier comparison makes too are counted there")
-    told += [f"{data}: counted as ImageNet's official images, since the data stage has not run" for data in assumed]
+    told += [f"{data}: counted as ImageNet's official images, and not decoded, since the data stage has not run" for data in assumed]
+    told += [
+        f"{row.name}: reading and decoding take {row.forecast.decoding:.2g} times what training takes; more cores would help"
+        for row in rows
+        if (row.forecast.decoding or 0) > 1
+    ]
     wall = total([row.forecast for row in rows]).wall_hours
     if processes > 1 and wall is not None:
         told.append(f"time is that of one of {processes} processes times {processes}; on the clock, if they do not wait, {duration(wall)}")

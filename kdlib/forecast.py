@@ -24,6 +24,7 @@ class Cost:
     checkpoint_bytes: int  # of one checkpoint of each
     weights_bytes: int  # of all, their averages included
     answers_bytes: int  # of the teacher's answers to one batch
+    decoding: float | None = None  # seconds for each image of the stream until its pixels are there, relative to those for the rest
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Forecast:
     checkpoint_bytes: int | None = None  # at any one time
     weights_bytes: int | None = None
     answers_bytes: int | None = None  # that are kept
+    decoding: float | None = None  # how many times as long as the rest it takes at most; None: nothing is decoded, or nobody knows
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def forecast(stages: Sequence[Sequence[Cost]], images: int, machine: Machine, an
         checkpoint_bytes=max(checkpoints(stage, machine.side_by_side) for stage in stages),
         weights_bytes=COPIES * sum(cost.weights_bytes for cost in groups),
         answers_bytes=answers_bytes,
+        decoding=max((cost.decoding for cost in groups if cost.decoding is not None), default=None),
     )
 
 

@@ -14,6 +14,8 @@ import torch
 from kdlib.checks import check_against_data
 from kdlib.config import Comparison, Refused, Study, refuse
 from kdlib.data.imagined import Facts, Shape, facts, imagined
+from kdlib.data.splits import load
+from kdlib.data.stream import ViewStream
 from kdlib.experiment import DATA, PLAIN, Experiment
 from kdlib.forecast import Cost, Forecast, Machine, Row, forecast, largest_group
 from kdlib.losses import METHODS
@@ -117,6 +119,8 @@ class Outlook:
         self.machine = Machine(self.cores, launch.processes * launch.nodes)
         found = {name: facts(name, params, experiment.root / DATA / name) for name, params in self.study.data.items()}
         self.facts = {name: one for name, one in found.items() if one}
+        listed = [name for name, one in self.facts.items() if self.study.data[name].source == "originals" and not one.assumed]
+        self.listed = {name: load(experiment.root / DATA / name) for name in listed}
         for one in self.facts.values():
             check_against_data(self.study, imagined(one))
         self.work = {f"teachers.{name}": teaching(experiment, name) for name, item in self.study.teachers.items() if not item.checkpoint}
@@ -156,7 +160,23 @@ class Outlook:
         for count in sorted({kind.threads for kind in kinds}):
             alike = [kind for kind in kinds if kind.threads == count]
             costs |= dict(zip(alike, side_by_side(of, alike, self._beside(count)), strict=True))
-        return costs
+        return {kind: self._decoded(kind, cost) for kind, cost in costs.items()}
+
+    def _decoded(self, kind: Kind, cost: Cost) -> Cost:
+        """With the time in which its images are decoded: beside what a GPU does, but by the cores that a CPU would train with."""
+        if cost.seconds is None or kind.data not in self.listed:
+            return cost
+        seconds = self._decoding(kind.data, kind.recipe)
+        together = cost.seconds + seconds if self.device.type == "cpu" else max(cost.seconds, seconds)
+        return replace(cost, seconds=together, decoding=seconds / cost.seconds)
+
+    @functools.cache  # noqa: B019 (as long as the command)
+    def _decoding(self, data: str, recipe: str) -> float:
+        found, its = self.listed[data], self.study.recipes[recipe]
+        every = np.arange(len(found.train.labels))
+        images, labels = found.train.images, found.train.labels
+        stream = ViewStream(images, labels, every, classes=found.classes, recipe=its, hflip=found.hflip, seed=0)
+        return trial.decoding(stream, self.study.study.launch.processes, self.study.study.launch.nodes)
 
     def _beside(self, count: int) -> int:
         """Processes of so many threads that train at once."""

@@ -333,6 +333,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # torch offers them where fp32 was asked for
 @pytest.mark.parametrize("changes", [{"ahead": True}, {"compile": True}, {"compile": "graphs"}])
 def test_what_is_quicker_learns_the_same(tmp_path: Path, changes: dict[str, object]) -> None:
     """A teacher in a second stream reads and writes no memory too early; a compiled student, and its graphs, compute the same."""

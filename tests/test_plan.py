@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from kdlib import study
-from kdlib.bill import frame
+from kdlib.bill import frame, notes
 from kdlib.config import Refused
+from kdlib.experiment import Experiment
 from kdlib.forecast import Forecast, Row, largest_group
 from kdlib.outlook import Kind, check_disk, too_large
 from tests import jpegs, tiny, training
@@ -20,6 +21,15 @@ def planned(root: Path, made: dict[str, Any], steps: int) -> pd.DataFrame:
     tiny.write(root, made)
     study.plan(root, steps)
     return pd.read_csv(root / study.PLAN).set_index("name")
+
+
+def on_originals(path: Path | str, **entry: Any) -> dict[str, Any]:
+    made = training.content(methods=("kd",), epochs=1.0)
+    made["data"] = {"net": jpegs.entry(path, **entry)}
+    made["study"]["headline"]["data"] = made["teachers"]["small"]["data"] = made["comparisons"][training.COMPARISON]["data"] = "net"
+    for recipe in made["recipes"].values():
+        recipe |= {"crop_min_area": 0.08, "crop_padding": 0.0}
+    return made
 
 
 def test_images_operations_hours_memory_and_disk(tmp_path: Path) -> None:
@@ -56,14 +66,30 @@ def test_a_run_of_two_comparisons_is_counted_once(tmp_path: Path, capsys: pytest
 
 
 def test_originals_that_nobody_counted_are_taken_for_imagenet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = training.content(methods=("kd",), epochs=1.0)
-    made["data"] = {"net": jpegs.entry("$NOWHERE", val_fraction=0.002)}
-    made["study"]["headline"]["data"] = made["teachers"]["small"]["data"] = made["comparisons"][training.COMPARISON]["data"] = "net"
-    for recipe in made["recipes"].values():
-        recipe |= {"crop_min_area": 0.08, "crop_padding": 0.0}
-    found = planned(tmp_path, made, 0)
+    found = planned(tmp_path, on_originals("$NOWHERE", val_fraction=0.002), 0)
     assert found.loc[training.COMPARISON, "images"] == pytest.approx(1_281_167 * 0.998, rel=1e-3)
     assert "net: counted as ImageNet's official images" in capsys.readouterr().out
+
+
+def test_decoding_is_timed_once_the_images_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = on_originals(jpegs.write(tmp_path / "in"))
+    tiny.write(tmp_path / "study", made)
+    Experiment(tmp_path / "study").prepare_data("net")
+    quick = planned(tmp_path / "study", made, 1).loc[training.COMPARISON]
+    assert quick["decoding"] > 0
+    monkeypatch.setattr("kdlib.train.trial.decoding", lambda *_: 10.0)  # seconds for each view
+    slow = planned(tmp_path / "study", made, 1).loc[training.COMPARISON]
+    assert slow["hours"] == pytest.approx(slow["images"] * 10 / 3600, rel=0.1)
+    assert slow["decoding"] > 10
+
+
+def test_decoding_that_takes_longer_than_training_is_told() -> None:
+    rows = [
+        Row("comparison", name, "net", "resnet50", "large", "a2", Forecast(3, decoding=share))
+        for name, share in (("t2", 0.9), ("t3", 2.04))
+    ]
+    told = [note for note in notes(rows, "a GPU", 1, 1, []) if "decoding" in note]
+    assert told == ["t3: reading and decoding take 2 times what training takes; more cores would help"]
 
 
 def test_operations_may_be_too_many_for_64_bits() -> None:

@@ -29,16 +29,17 @@ class Reading:
     def levels(self, step: int, group: int) -> Levels:
         """The views of a group. Any may be asked for, but only those of ``groups``, step after step, are there in time."""
         if group not in self.groups:
-            return self._ask(step, range(group, group + 1))()[group]
+            return self.ask(step, range(group, group + 1))()[group]
         near = range(step, step + AHEAD + 1)
         for old in [other for other in self._asked if other not in near]:
             del self._asked[old]
         for other in near:
             if other not in self._asked:
-                self._asked[other] = self._ask(other, self.groups)
+                self._asked[other] = self.ask(other, self.groups)
         return self._asked[step]()[group]
 
-    def _ask(self, step: int, groups: range) -> Callable[[], dict[int, Levels]]:
+    def ask(self, step: int, groups: range) -> Callable[[], dict[int, Levels]]:
+        """What returns the views of these groups when they are there."""
         made: dict[int, Levels] = {}
         wanted: dict[int, list[Wanted]] = {}
         for group in groups:

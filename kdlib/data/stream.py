@@ -81,7 +81,7 @@ class ViewStream:
             return sent(self._timms(rows, step, group), self.device)
         if isinstance(self.images, Originals):
             crops, _ = self._cuts(rows, rng)
-            levels = sent(self._reading.levels(step, group), self.device)
+            levels = sent(self.reading.levels(step, group), self.device)
             levels = augment.shift_and_flip(levels, crops.shifts, crops.flips)
         else:
             images = self.images
@@ -92,7 +92,7 @@ class ViewStream:
 
     def _timms(self, rows: Rows, step: int, group: int) -> pil.Pixels:
         if isinstance(self.images, Originals):
-            return self._reading.levels(step, group)
+            return self.reading.levels(step, group)
         images = self.images[rows] if isinstance(self.images, np.ndarray) else self.images[sent(rows, self.device)].cpu().numpy()
         return pil.views(np.asarray(images), self.recipe, self.hflip, self._keys(step, group))
 
@@ -117,7 +117,7 @@ class ViewStream:
         return rows, self._cuts(rows, self._generator(step, group))[1]
 
     @functools.cached_property
-    def _reading(self) -> Reading:
+    def reading(self) -> Reading:
         images = self.images
         assert isinstance(images, Originals)
         groups = own(self.recipe.groups)

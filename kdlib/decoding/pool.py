@@ -18,10 +18,10 @@ Made = TypeVar("Made")
 END_SECONDS = 5.0  # that a process has to end what it is doing
 
 
-def spare() -> int:
-    """Cores of this process beside its own; processes that train side by side on this machine share them out (LOCAL_WORLD_SIZE)."""
+def spare(processes: int | None = None) -> int:
+    """Cores of a process beside its own, where so many that train side by side on this machine (None: LOCAL_WORLD_SIZE) share them out."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
+    return cores // (processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) - 1
 
 
 def pool() -> "Pool":

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save
 
 from kdlib.data.originals import Originals
+from kdlib.data.stream import ViewStream
+from kdlib.decoding.pool import pool, spare
 from kdlib.forecast import BACKWARD, Cost, extrapolated, seconds_an_image
 from kdlib.losses.base import Method
 from kdlib.train.answers import Answers
@@ -115,6 +117,20 @@ def memory(setting: Setting, methods: Methods, found: Cost) -> int | None:
     images = _tried(setting, found)
     begun = _begun(_in_groups(setting, images), methods)
     return None if begun is None else _of_whole_group(setting, methods, images, begun[0])
+
+
+def decoding(stream: ViewStream, processes: int, nodes: int) -> float:
+    """Seconds in which one of so many processes on each of so many machines gets a view of the stream out of original files.
+
+    From one step of it, by all processes that decode here.
+    """
+    together = processes * nodes
+    groups = range(stream.recipe.groups // together)
+    stream.reading.ask(1, groups[:1])()  # starts them
+    started = time.perf_counter()
+    stream.reading.ask(0, groups)()
+    of_one = (time.perf_counter() - started) * max(1, len(pool())) / (stream.recipe.batch_size // together)
+    return of_one / max(1, spare(processes))
 
 
 def room(device: torch.device) -> int:
