@@ -163,3 +163,12 @@ def test_growth_is_measured(tmp_path_factory: pytest.TempPathFactory) -> None:
         *(("processes", count) for count in ("1", "2")),
     ]
     assert all(row["ms"] > 0 for row in rows)
+
+
+def test_decoding_is_measured_beside_timm(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = ran("decoding", tmp_path_factory)
+    (path,) = (folder / "results").glob("decoding_*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["repeats"] for row in rows] == [1, 3]
+    assert all(row["kdlib"] > 0 and row["timm"] > 0 for row in rows)
+    assert (folder / "decoding.md").read_text().count(f"{rows[1]['ratio']:.2f} (") >= 1
