@@ -83,8 +83,8 @@ class Originals(Part):
 
     source: Literal["originals"]
     path: str  # holds train/ and val/; may name an environment variable: $IMAGENET
-    stored: Literal["folders", "shards"]  # train/<class>/<image>, or webdataset's train/*.tar
-    class_map: str | None  # a file with the classes in their order, one in a line; null: natural order of their folders
+    stored: Literal["folders", "shards", "huggingface"]  # train/<class>/<image>, webdataset's train/*.tar, what save_to_disk wrote
+    class_map: str | None  # a file with the classes in their order, one in a line; null: natural order of folders, datasets' own
     size: Pixels  # of views
     crop_pct: Fraction  # evaluation resizes the short side to size / crop_pct and cuts out the centre
     unreadable: Share  # of all images: so many may be damaged, and are left out

@@ -58,7 +58,7 @@ def listed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process but this one decodes, however many cores there are."""
-    monkeypatch.setattr("kdlib.decoding.pool.spare", lambda: 0)
+    monkeypatch.setattr(originals, "pool", lambda: Pool(0))
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,8 @@ REPEATS_NOTHING = {
     *(f"kdlib.detection.{name}" for name in ("backbone", "cascade", "coco", "evaluate", "fit", "model", "optimizer", "settings")),
     *("kdlib.detection.table", "kdlib.detection.train"),
     "kdlib.decoding.worker",  # passes on what kdlib.decoding.pixels makes
-    *("kdlib.data.class_map", "kdlib.data.listing", "kdlib.decoding.shards"),  # what they find is in the data's fingerprint
+    *(f"kdlib.data.{name}" for name in ("class_map", "huggingface", "listing")),
+    "kdlib.decoding.shards",  # what they find is in the data's fingerprint
     *("kdlib.plots", *(f"kdlib.plots.{name}" for name in ("by_method", "curves", "scales", "style", "tuning"))),
     *(
         "kdlib.tables",

@@ -1,6 +1,7 @@
 """ImageNet left in its files, and what is laid out like it: every image is looked at once, and listed.
 
-``<path>/train/<class>/<image>`` and ``<path>/val/<class>/<image>``, or webdataset's shards ``<path>/train/*.tar`` and ``<path>/val/*.tar``.
+``<path>/train/<class>/<image>`` and ``<path>/val/<class>/<image>``, or webdataset's shards ``<path>/train/*.tar`` and ``<path>/val/*.tar``,
+or what Hugging Face's `datasets` saved to the disk.
 """
 
 import os
@@ -15,13 +16,14 @@ from timm.utils.misc import natural_key
 from tqdm.auto import tqdm
 
 from kdlib import config
-from kdlib.data import class_map
+from kdlib.data import class_map, huggingface
 from kdlib.data.files import official, same_classes
 from kdlib.data.originals import PLACE, Listed
 from kdlib.data.paths import check_layout, place
 from kdlib.data.splits import SPLITS, Content, stratified_split
 from kdlib.decoding import pixels, shards
 from kdlib.decoding.pool import pool
+from kdlib.decoding.shards import Member
 
 CHUNK = 32  # images that a process looks at at a time
 NAMED = 3  # unreadable images that a line names
@@ -40,6 +42,9 @@ class Image:
     kind: str  # its class's name or number
 
 
+Parts = dict[str, list[Image]]  # train and val
+
+
 @dataclass(frozen=True)
 class Seen:
     """One that can be read."""
@@ -56,9 +61,8 @@ def contents(name: str, params: config.Originals) -> Content:
     """
     key = f"data.{name}"
     root = place(f"{key}.path", params.path)
-    check_layout(f"{key}.path", root)
-    images = (_in_folders if params.stored == "folders" else _in_shards)(f"{key}.path", root)
-    names, ranks = _classes(key, params, {image.kind for part in images.values() for image in part})
+    kinds, images = {"folders": _in_folders, "shards": _in_shards, "huggingface": _in_arrow}[params.stored](f"{key}.path", root)
+    names, ranks = _classes(key, params, kinds)
     seen, left_out = _seen(key, root, images, params.unreadable)
     for part in seen.values():  # the same order however they are stored
         part.sort(key=lambda each: (ranks[each.image.kind], each.image.name))
@@ -78,43 +82,49 @@ def contents(name: str, params: config.Originals) -> Content:
     return Content(names, params.size, 3, {split: labels[parts[split][0]][parts[split][1]] for split in SPLITS}, listed)
 
 
-def _in_folders(key: str, root: Path) -> dict[str, list[Image]]:
+def _in_folders(key: str, root: Path) -> tuple[list[str], Parts]:
     names, parts = official(key, root)
-    return {
+    return names, {
         part: [Image(file, 0, None, PurePath(file).stem, names[label]) for file, label in zip(files, labels.tolist(), strict=True)]
         for part, (files, labels) in parts.items()
     }
 
 
-def _in_shards(key: str, root: Path) -> dict[str, list[Image]]:
+def _in_shards(key: str, root: Path) -> tuple[list[str], Parts]:
+    check_layout(key, root)
     found = {}
     for part in ("train", "val"):
         files = sorted(str(file) for file in (root / part).glob("*.tar"))
         if not files:
-            raise config.refuse(key, str(root / part), "shards named *.tar in it", "correct the path, or set stored to folders")
+            raise config.refuse(key, str(root / part), "shards named *.tar in it", "correct the path, or set stored to what lies there")
         asked = [pool().ask(shards.index, file, get_img_extensions(as_set=True)) for file in files]
         try:
             indices = [each() for each in asked]
         except pixels.Changed as error:
             raise config.refuse(key, str(error), "whole tar files, not compressed", "make or copy it again") from error
-        found[part] = [
-            Image(file, member.first, member.length, PurePath(member.key).name, member.label)
-            for file, index in zip(files, indices, strict=True)
-            for member in index
-        ]
+        found[part] = [_image(file, member) for file, index in zip(files, indices, strict=True) for member in index]
         for image in found[part]:
             if not image.kind:
                 what = f"{image.file}: {image.name} with neither .cls nor a folder"
                 raise config.refuse(key, what, "a class for every image", "make the shards again")
     same_classes(key, *({image.kind for image in part} for part in found.values()))
-    return found
+    kinds = {image.kind for part in found.values() for image in part}
+    return sorted(kinds, key=lambda kind: (natural_key(kind), kind)), found
 
 
-def _classes(key: str, params: config.Originals, kinds: set[str]) -> tuple[list[str], dict[str, int]]:
-    """The names of the classes, and the number of each kind, which shards may give as a number."""
+def _in_arrow(key: str, root: Path) -> tuple[list[str], Parts]:
+    names, parts = huggingface.index(key, root)
+    return names, {part: [_image(*each) for each in stored] for part, stored in parts.items()}
+
+
+def _image(file: str, member: Member) -> Image:
+    return Image(file, member.first, member.length, PurePath(member.key).name, member.label)
+
+
+def _classes(key: str, params: config.Originals, kinds: list[str]) -> tuple[list[str], dict[str, int]]:
+    """The names of the classes, and the number of each kind (its order where it is stored), which shards may give as a number."""
     if params.class_map is None:
-        names = sorted(kinds, key=lambda kind: (natural_key(kind), kind))
-        return names, {kind: number for number, kind in enumerate(names)}
+        return kinds, {kind: number for number, kind in enumerate(kinds)}
     names = class_map.read(f"{key}.class_map", place(f"{key}.class_map", params.class_map))
     ranks = {kind: number for number, kind in enumerate(names)}
     if all(kind.isdecimal() for kind in kinds):
@@ -123,7 +133,7 @@ def _classes(key: str, params: config.Originals, kinds: set[str]) -> tuple[list[
     return names, ranks
 
 
-def _seen(key: str, root: Path, images: dict[str, list[Image]], most: float) -> tuple[dict[str, list[Seen]], list[str]]:
+def _seen(key: str, root: Path, images: Parts, most: float) -> tuple[dict[str, list[Seen]], list[str]]:
     """Those that can be read, and of the others the names and what is wrong. Raises ``Refused`` if these are more than a share ``most``."""
     total = sum(len(part) for part in images.values())
     seen: dict[str, list[Seen]] = {}

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from kdlib import config
 
+LAYOUT = "a folder that holds train/ and val/"
+
 
 def place(key: str, path: str) -> Path:
     """A path of params.yaml: absolute, or from the home folder (~), or relative to the folder of params.yaml.
@@ -19,12 +21,17 @@ def place(key: str, path: str) -> Path:
     return given if given.is_absolute() else config.find_root() / given
 
 
+def folder(key: str, root: Path, allowed: str) -> None:
+    """Raises ``Refused`` about ``key`` if there is no such folder. ``allowed``: what it is to hold, for people."""
+    if not root.is_dir():
+        raise config.refuse(key, str(root), allowed, "correct the path")
+
+
 def check_layout(key: str, root: Path) -> None:
     """Raises ``Refused`` about ``key`` if this is no folder that holds train/ and val/."""
-    if not root.is_dir():
-        raise config.refuse(key, str(root), "a folder that holds train/ and val/", "correct the path")
+    folder(key, root, LAYOUT)
     missing = [name for name in ("train", "val") if not (root / name).is_dir()]
     if missing:
         there = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
         found = f"no {' and no '.join(str(root / name) for name in missing)}, but {there}"
-        raise config.refuse(key, found, "a folder that holds train/ and val/", "correct the path")
+        raise config.refuse(key, found, LAYOUT, "correct the path")
