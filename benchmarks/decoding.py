@@ -112,7 +112,7 @@ def measured(images: int, batch: int, rounds: int) -> list[Row]:
             row = {"repeats": repeats, "workers": workers, **rates, **beside, "rounds": rounds}
             print(f"{repeats} views an image, {workers} workers: {row['kdlib']:.0f} views a second, x {row['ratio']:.2f}", flush=True)
             found.append(row)
-            steps.clear()  # ends timm's processes before the files are gone
+            del steps, step  # ends timm's processes, which read in advance, before the files are gone
     return found
 
 

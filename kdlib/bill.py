@@ -24,9 +24,9 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
     return found.astype(dict.fromkeys(_COUNTS, "Int64") | {"flops": "float64"})  # ImageNet's are too many for 64 bits
 
 
-def screen(rows: Sequence[Row]) -> str:
+def screen(rows: Sequence[Row], on_gpu: bool) -> str:
     """The rows and their total, in lines of at most ``WIDTH`` characters; names that are too long for that are cut."""
-    heads = ["", "student", "teacher", "recipe", "runs", "images", "FLOPs", "img/s", "time", "memory", "disk"]
+    heads = ["", "student", "teacher", "recipe", "runs", "images", "FLOPs", "img/s", "GPU time" if on_gpu else "time", "memory", "disk"]
     cells = [[row.name, row.student, row.teacher or "", row.recipe, *_numbers(row.forecast)] for row in rows]
     cells.append(["total", "", "", "", *_numbers(total([row.forecast for row in rows]))])
     names = 4

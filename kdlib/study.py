@@ -62,7 +62,7 @@ def plan(root: Path, steps: int) -> None:
     rows = outlook.rows()
     write_csv(root / PLAN, bill.frame(rows))
     notes = bill.notes(rows, outlook.where, steps, outlook.machine.together, outlook.assumed)
-    print(bill.screen(rows), *notes, f"the same as CSV: {root / PLAN}", sep="\n")
+    print(bill.screen(rows, outlook.device.type == "cuda"), *notes, f"the same as CSV: {root / PLAN}", sep="\n")
     check_disk(total([row.forecast for row in rows]), shutil.disk_usage(project(root)).free)
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from kdlib import study
-from kdlib.bill import frame, notes
+from kdlib.bill import WIDTH, frame, notes, screen
 from kdlib.config import Refused
 from kdlib.experiment import Experiment
 from kdlib.forecast import Forecast, Row, largest_group
@@ -90,6 +90,17 @@ def test_decoding_that_takes_longer_than_training_is_told() -> None:
     ]
     told = [note for note in notes(rows, "a GPU", 1, 1, []) if "decoding" in note]
     assert told == ["t3: reading and decoding take 2 times what training takes; more cores would help"]
+
+
+def test_hours_of_a_gpu_are_named_so_in_lines_that_fit_a_screen() -> None:
+    rows = [
+        Row("comparison", "a_rather_long_name_of_one", "net", "convnextv2_tiny" * 3, "large", "a2", Forecast(3, 10**9, 10**20, 3e3, 98.6))
+    ]
+    for on_gpu, head in ((True, "GPU time"), (False, "time")):
+        heads, line, _ = screen(rows, on_gpu).splitlines()
+        assert head in [one.strip() for one in heads.split("  ")]
+        assert line.endswith("98.6 h")
+        assert len(heads) <= WIDTH
 
 
 def test_operations_may_be_too_many_for_64_bits() -> None:
