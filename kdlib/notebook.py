@@ -116,6 +116,12 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
         )
+    except RuntimeError as error:  # so says nbclient, and jupyter_client until a kernel has begun, that it died
+        kept = "what was saved last is kept, and the same command goes on from there"
+        if {signal.getsignal(number) for number in SIGNALS} != {_stop_kernel}:  # a cluster asks all processes at once to stop
+            print(f"{stage.title}: stopped; {kept}", file=sys.stderr, flush=True)
+            raise KeyboardInterrupt from None
+        raise Refused(f"{stage.title}: its process was ended ({error}), perhaps for want of memory; {kept}") from None
     except papermill.PapermillExecutionError as error:
         if error.ename in ("Stopped", "KeyboardInterrupt"):
             print(error.evalue, file=sys.stderr, flush=True)

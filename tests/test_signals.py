@@ -1,7 +1,10 @@
 """SIGINT and SIGTERM: a step is finished and saved; side by side, in notebooks and in processes that train together too."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 from kdlib.train import checkpoint, signals
 from kdlib.train.learner import Learner
 from kdlib.train.signals import SIGNALS, Stopped, asked_to_stop, held_back
-from tests import training
+from tests import tiny, training
 from tests.test_workers import TWO_CORES, study, two_cores  # noqa: F401 (a fixture)
 from tests.training import method, setting, trained
 
@@ -129,3 +132,33 @@ def test_processes_side_by_side_save_too(tmp_path: Path) -> None:
     assert "Stopped: " in log.read_text()
     folders = {path.parent for path in training.store(root).rglob("checkpoint-*.pt")}
     assert len(folders) == 4  # both methods of the two seeds that were being trained; the others were not begun
+
+
+STAGE = "stages: {one: {cmd: none, deps: [one.ipynb], outs: [done/one.ipynb]}}"
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize(
+    ("asked", "code", "said"),
+    [
+        ("os.kill(os.getppid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)", 130, "one: stopped; what was saved last is kept"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 1, "one: its process was ended (Kernel died), perhaps for want of memory"),
+    ],
+    ids=["all asked to stop", "ended from outside"],
+)
+def test_a_notebook_whose_kernel_dies_says_so_in_one_line(tmp_path: Path, asked: str, code: int, said: str) -> None:
+    """Before it trains, or measures: nothing holds a signal back there."""
+    tiny.write(tmp_path)
+    (tmp_path / "dvc.yaml").write_text(STAGE)
+    cell = {"cell_type": "code", "id": "a", "metadata": {}, "outputs": [], "execution_count": None}
+    source = f"import os, signal, time\n{asked}\ntime.sleep(60)"
+    notebook = {"cells": [cell | {"source": source}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (tmp_path / "one.ipynb").write_text(json.dumps(notebook))
+    done = subprocess.run(
+        [sys.executable, "-m", "kdlib.notebook", "run", "one"], cwd=tmp_path, check=False, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(tiny.ROOT)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(said)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "done").exists()
