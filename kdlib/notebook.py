@@ -145,9 +145,10 @@ def _share_cores() -> None:
 
 def _stop_kernel(number: int, _: FrameType | None) -> None:
     """Pass a signal on to the kernel, which is not in the terminal's group of processes, and which DVC does not know; then wait for it to
-    save. Asked again, or after a while, it is ended as it stands: its files are whole, and what it saved last is kept.
+    save. Asked again, or after a while, it is ended as it stands: its files are whole, and what it saved last is kept. SIGTERM may come
+    again at once: Slurm sends it several times.
     """
-    signal.signal(number, signal.default_int_handler)
+    signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else signal.default_int_handler)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(SECONDS_TO_SAVE)
     for child in psutil.Process().children():

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import re
 import sys
 from collections.abc import Iterator
@@ -183,6 +184,19 @@ def test_a_perfect_cascade_keeps_the_box_that_is_right(root: Path) -> None:
     loss = heads._box_loss([torch.cat([boxes, target])], sampled._replace(labels=[torch.tensor([2, 2])]), [{"boxes": target}])
     hull = (58 - 10) * (44 - 8)
     assert_close(loss, torch.tensor(10 * (1 - iou + (hull - (40 * 30 + 44 * 36 - 36 * 30)) / hull) / 2))
+
+
+def test_a_box_that_leaves_the_image_is_voted_on_by_all_heads(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Any = detector(root, detector="cascade_mask_rcnn").eval()
+    refine = made.roi_heads._refine
+
+    def away(number: int, offsets: Tensor, boxes: list[Tensor]) -> list[Tensor]:
+        (moved,) = refine(number, offsets, boxes)
+        return [torch.cat([moved[:1] + 1000, moved[1:]])]
+
+    monkeypatch.setattr(made.roi_heads, "_refine", away)
+    (answer,) = made([torch.rand(3, 64, 80)])
+    assert answer["boxes"].isfinite().all()
 
 
 def gradient_of_one(root: Path) -> dict[str, Tensor]:
@@ -559,6 +573,7 @@ def test_a_damaged_image_is_named_though_another_process_decodes(tmp_path: Path)
         (root / "train" / f"00{number}.png").write_bytes(b"nothing")
     with refused("coco.train_images", ".png: cannot identify image file", "replace this file"):
         run(root, "small")
+    assert not multiprocessing.active_children()  # at its end Python would wait for them
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

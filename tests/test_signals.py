@@ -141,7 +141,11 @@ STAGE = "stages: {one: {cmd: none, deps: [one.ipynb], outs: [done/one.ipynb]}}"
 @pytest.mark.parametrize(
     ("asked", "code", "said"),
     [
-        ("os.kill(os.getppid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)", 130, "one: stopped; what was saved last is kept"),
+        (
+            "[os.kill(one, signal.SIGTERM) for one in (os.getppid(), os.getppid(), os.getpid())]",
+            130,
+            "one: stopped; what was saved last is kept",
+        ),
         ("os.kill(os.getpid(), signal.SIGKILL)", 1, "one: its process was ended (Kernel died), perhaps for want of memory"),
     ],
     ids=["all asked to stop", "ended from outside"],

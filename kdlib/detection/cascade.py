@@ -151,8 +151,8 @@ class CascadeHeads(RoIHeads):  # type: ignore[misc] # torchvision has no types
             logits, offsets = self.box_head[number](self.box_roi_pool(features, proposals, image_shapes))
             votes.append(logits.float())
             if number < len(STAGES) - 1:
-                refined = self._refine(number, offsets, proposals)
-                proposals = [_within(boxes, shape) for boxes, shape in zip(refined, image_shapes, strict=True)]
+                refined = self._refine(number, offsets, proposals)  # of one that left the image a line is left: all heads vote on it
+                proposals = [clip_boxes_to_image(boxes, shape) for boxes, shape in zip(refined, image_shapes, strict=True)]
         mean = torch.stack(votes).mean(dim=0)
         self.box_coder = self.coders[-1]  # torchvision's way to the detections wants a box for each class
         each = offsets.float().repeat(1, mean.shape[1])

@@ -8,7 +8,7 @@ import io
 import json
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from kdlib.config import refuse
+from kdlib.config import Refused, refuse
 from kdlib.detection.settings import Recipe
 from kdlib.ranks import rank, world
 from kdlib.seed import generator, global_draws
-from kdlib.train.signals import SIGNALS
 
 SECTIONS = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id", "bbox", "segmentation"), "categories": ("id",)}
+SECONDS_TO_FINISH = 20  # of processes that make views, when they are asked to end
 Target = dict[str, Tensor]
 View = tuple[UInt8[Tensor, "3 _ _"], Target]  # of one image, and images of a list differ in size
 Place = tuple[int, int]  # epoch, image
@@ -114,19 +114,46 @@ def _check_ids(key: str, content: dict[str, Any]) -> None:
             raise refuse(key, found, f"an id of {section} ({_range(known)})", "use the annotation file that belongs to these images")
 
 
-def loader(of: Dataset[Any], workers: int, **options: Any) -> DataLoader[Any]:
-    """By so many processes of their own, 0 by this one.
+@contextlib.contextmanager
+def loaded(of: Dataset[Any], workers: int, **options: Any) -> Iterator[Iterator[Any]]:
+    """What torch's DataLoader makes of a data set, by so many processes of their own, 0 by this one; they end with the block.
 
-    Forked, wherever this process comes from: they share the annotations, which take a gigabyte, and COCO's are soon there. A signal to all
-    is not for them: the step that is being made needs their images.
+    Forked, wherever this process comes from: they share the annotations, which take a gigabyte, and COCO's are soon there. What one of
+    them refuses is raised here.
     """
-    method: dict[str, Any] = {"multiprocessing_context": "fork", "worker_init_fn": _ignore_signals} if workers else {}
-    return DataLoader(of, num_workers=workers, **method, **options)
+    method: dict[str, Any] = {"multiprocessing_context": "fork", "worker_init_fn": _finish_first} if workers else {}
+    with contextlib.closing(_items(DataLoader(_Telling(of), num_workers=workers, **method, **options))) as items:
+        yield items
 
 
-def _ignore_signals(_: int) -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+class _Telling(Dataset[Any]):
+    """Hands a refusal on as an item: an exception would come from another process with its way there in its text."""
+
+    def __init__(self, of: Dataset[Any]) -> None:
+        self.of = of
+
+    def __len__(self) -> int:
+        return len(self.of)  # type: ignore[arg-type]
+
+    def __getitem__(self, place: Any) -> Any:
+        try:
+            return self.of[place]
+        except Refused as error:
+            return error
+
+
+def _items(made: DataLoader[Any]) -> Generator[Any, None, None]:
+    for item in made:
+        for one in item if isinstance(item, list) else [item]:
+            if isinstance(one, Refused):
+                raise one
+        yield item
+
+
+def _finish_first(_: int) -> None:
+    """A signal to all is not for these processes at once: the step that is being made needs their images."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SECONDS_TO_FINISH))
 
 
 def check_same_categories(train: Instances, val: Instances) -> None:

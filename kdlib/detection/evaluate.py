@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from kdlib.detection.coco import Instances, loader
+from kdlib.detection.coco import Instances, loaded
 from kdlib.ranks import from_all, rank, world
 from kdlib.train.progress import watched
 
@@ -44,10 +44,9 @@ def detect(detector: nn.Module, instances: Instances, device: torch.device, work
     all get all results.
     """
     detector.eval()
-    images = loader(Images(instances), workers, batch_size=None)
-    found: list[Detected] = []
-    with torch.inference_mode():
-        for image, pixels in tqdm(images, desc="evaluation", unit="image", disable=not watched() or rank() > 0):
+    images, found = Images(instances), list[Detected]()
+    with torch.inference_mode(), loaded(images, workers, batch_size=None) as items:
+        for image, pixels in tqdm(items, total=len(images), desc="evaluation", unit="image", disable=not watched() or rank() > 0):
             (answer,) = detector([pixels.to(device).float() / 255])
             found += results(int(image), {name: values.cpu() for name, values in answer.items()}, instances.categories)
     return from_all(found)

@@ -1,18 +1,16 @@
 """Training of one detector: groups of images, a step for each batch of them, checkpoints, a curve."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from kdlib.config import Refused, refuse
-from kdlib.detection.coco import Groups, View, Views, loader
+from kdlib.config import refuse
+from kdlib.detection.coco import Groups, View, Views, loaded
 from kdlib.detection.optimizer import learning_rate, optimizer
 from kdlib.detection.settings import General, Recipe
 from kdlib.ranks import anyone, mean_over_ranks, rank, say, world
@@ -117,11 +115,11 @@ def fit(learning: Learning, views: Views, general: General, folder: Path) -> Non
     recipe, share = learning.recipe, learning.recipe.groups // world()
     total = recipe.epochs * learning.per_epoch
     groups = Groups(len(views), recipe, learning.seed, learning.step)
-    batches = loader(views, general.workers, batch_sampler=groups, collate_fn=list)
     taken = (learning.step * recipe.groups) + rank() * share
     saved = time.monotonic()
-    with held_back(), tqdm(initial=learning.step, total=total, desc=folder.name, unit="step", disable=not watched() or rank() > 0) as bar:
-        for number, group in enumerate(_whole(batches)):
+    bar = tqdm(initial=learning.step, total=total, desc=folder.name, unit="step", disable=not watched() or rank() > 0)
+    with held_back(), bar, loaded(views, general.workers, batch_sampler=groups, collate_fn=list) as batches:
+        for number, group in enumerate(batches):
             learning.take(taken + number % share, group)
             if (number + 1) % share:
                 continue
@@ -151,11 +149,3 @@ def save(folder: Path, learning: Learning) -> None:
 def _tell(name: str, row: Row, total: int) -> None:
     if not watched():
         say(f"{name}  epoch {row['epoch']:g}  step {row['step']:g}/{total}  loss {row['loss']:.3f}")
-
-
-def _whole(batches: DataLoader[list[View]]) -> Iterator[list[View]]:
-    """Its groups; a refusal in one of its processes as the line that it is, without the way that it came."""
-    try:
-        yield from batches
-    except Refused as error:
-        raise Refused(str(error).strip().splitlines()[-1].rpartition("Refused: ")[2]) from None

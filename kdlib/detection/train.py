@@ -119,6 +119,9 @@ def main() -> None:
         print(table.write(given.study, load(given.study), RUNS))
     except Refused as error:
         sys.exit(str(error))
+    except KeyboardInterrupt as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

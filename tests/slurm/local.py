@@ -6,15 +6,16 @@ python -m tests.slurm.local stop FOLDER
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
+
 NODES = ("127.0.0.1", "127.0.0.2")  # names that are found without a name server
-PORTS = 17817  # the controller's, and the next ones the machines'
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 WAIT = 30  # seconds, for all to be there
 CONF = """
@@ -59,8 +60,9 @@ def start(folder: Path) -> Path:
     """Start it, wait until both machines are idle; the configuration, for SLURM_CONF."""
     folder.mkdir(parents=True, exist_ok=True)
     conf, host = folder / "slurm.conf", socket.gethostname()
-    nodes = [f"NodeName={name} NodeHostname={host} NodeAddr={name} Port={PORTS + 1 + i} CPUs=4" for i, name in enumerate(NODES)]
-    conf.write_text(CONF.format(host=host, port=PORTS, folder=folder, nodes="\n".join(nodes), names=",".join(NODES)))
+    port, *ports = _free_ports(1 + len(NODES))
+    nodes = [f"NodeName={name} NodeHostname={host} NodeAddr={name} Port={its} CPUs=4" for name, its in zip(NODES, ports, strict=True)]
+    conf.write_text(CONF.format(host=host, port=port, folder=folder, nodes="\n".join(nodes), names=",".join(NODES)))
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     places = [f"--{option}={folder}/munge.{option.removesuffix('-file')}" for option in ("key-file", "log-file", "pid-file", "seed-file")]
@@ -78,11 +80,20 @@ def start(folder: Path) -> Path:
 def stop(folder: Path) -> None:
     """End all that `start` began; jobs are cancelled first."""
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
-    subprocess.run(["scancel", "--state=RUNNING", "--full"], env=environment, check=False)
+    subprocess.run(["scancel", "--full", "--user=root"], env=environment, check=False)
     for name in ("slurmctld", *(f"slurmd.{node}" for node in NODES), "munge"):
-        pid = folder / f"{name}.pid"
-        if pid.is_file():
-            os.kill(int(pid.read_text()), signal.SIGTERM)
+        with suppress(FileNotFoundError, psutil.NoSuchProcess):
+            daemon = psutil.Process(int((folder / f"{name}.pid").read_text()))
+            if any(str(folder) in word for word in daemon.cmdline()):  # the file may be older than a process of this number
+                daemon.terminate()
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        opened = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in opened:
+            one.bind(("", 0))
+        return [int(one.getsockname()[1]) for one in opened]
 
 
 def _states(conf: Path) -> list[str]:
