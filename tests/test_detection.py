@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -418,6 +419,16 @@ def numbers(text: str, pattern: str) -> list[float]:
     found = re.search(pattern, text)
     assert found, text
     return [float(value) for value in found.groups()]
+
+
+def test_backbones_are_students_of_the_study_of_imagenet(published: settings.Detection) -> None:
+    study = config.load(STUDY.parent)
+    for name, made in published.runs.items():
+        path = Path(os.path.normpath(STUDY / (made.weights or ""))).relative_to(STUDY.parent / "runs/distill")
+        comparison, method, seed, _ = path.parts
+        assert study.comparisons[comparison].student == made.model, name
+        assert method in study.comparisons[comparison].methods
+        assert seed in {f"seed_{one}" for one in study.study.seeds}
 
 
 def test_every_recipe_that_is_called_verified_is_published(published: settings.Detection) -> None:

@@ -122,6 +122,8 @@ def methods() -> dict[str, Any]:
 def write(folder: Path, changed: dict[str, Any] | None = None) -> Path:
     """Write it to ``folder``/params.yaml; returns ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False  # DVC's parser takes a colon between braces for a key's
     with (folder / "params.yaml").open("w") as file:
-        YAML(typ="safe", pure=True).dump(changed or content(), file)
+        yaml.dump(changed or content(), file)
     return folder
