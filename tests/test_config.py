@@ -1,6 +1,7 @@
 """params.yaml: what is read, what is refused in one line, and what runs a study asks for by name."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -517,3 +518,9 @@ def test_yaml_as_written_is_yaml_as_read(tmp_path: Path) -> None:
     """What tiny.write leaves is what these tests changed: no fault of theirs can hide in the writing."""
     tiny.write(tmp_path, full())
     assert YAML(typ="safe", pure=True).load((tmp_path / "params.yaml").read_text()) == full() == config.read(tmp_path)
+
+
+def test_entries_that_only_wait_to_be_uncommented_are_accepted() -> None:
+    text = re.sub(r"(?m)^  # ((?:  )?\w+:.*)$", r"  \1", (tiny.ROOT / "params.yaml").read_text("utf-8"))
+    sources = {entry.source for entry in config.parse(YAML(typ="safe", pure=True).load(text)).data.values()}
+    assert sources == set(SOURCES)
