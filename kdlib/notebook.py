@@ -96,6 +96,7 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill  # noqa: PLC0415 (dvc's other commands of this file do without it)
 
+    kept = "what was saved last is kept, and the same command goes on from there"
     _share_cores()
     for number in SIGNALS:
         signal.signal(number, _stop_kernel)
@@ -117,14 +118,13 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
             stderr_file=sys.stderr,
         )
     except RuntimeError as error:  # so says nbclient, and jupyter_client until a kernel has begun, that it died
-        kept = "what was saved last is kept, and the same command goes on from there"
         if {signal.getsignal(number) for number in SIGNALS} != {_stop_kernel}:  # a cluster asks all processes at once to stop
             print(f"{stage.title}: stopped; {kept}", file=sys.stderr, flush=True)
             raise KeyboardInterrupt from None
         raise Refused(f"{stage.title}: its process was ended ({error}), perhaps for want of memory; {kept}") from None
     except papermill.PapermillExecutionError as error:
         if error.ename in ("Stopped", "KeyboardInterrupt"):
-            print(error.evalue, file=sys.stderr, flush=True)
+            print(error.evalue or f"{stage.title}: stopped; {kept}", file=sys.stderr, flush=True)
             raise KeyboardInterrupt from None
         if error.ename in ("Refused", "Diverged"):
             raise Refused(error.evalue) from None
