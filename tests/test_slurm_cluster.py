@@ -70,26 +70,10 @@ def ended(job: str) -> bool:
     return about(job)["JobState"] not in ("RUNNING", "PENDING", "COMPLETING")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, bytes]]:
-    """What the same study ends with that nobody disturbs, by its number of processes; those of two machines are those of one."""
-    known: dict[int, dict[str, bytes]] = {}
-
-    def numbers(processes: int) -> dict[str, bytes]:
-        if processes not in known:
-            root = project.copy(tmp_path_factory.mktemp("undisturbed") / "study", content(processes, 1))
-            project.study(root)
-            known[processes] = training.numbers(root)
-        return known[processes]
-
-    return numbers
-
-
 @pytest.mark.parametrize(("processes", "nodes"), [(1, 1), (2, 1), (1, 2)])
-def test_a_job_that_is_preempted_goes_on_to_the_same_bytes(
-    tmp_path: Path, undisturbed: Callable[[int], dict[str, bytes]], processes: int, nodes: int
-) -> None:
-    root = project.copy(tmp_path / "study", content(processes, nodes))
+def test_a_job_that_is_preempted_goes_on_to_the_same_bytes(tmp_path: Path, processes: int, nodes: int) -> None:
+    """As those of a job that nobody disturbs."""
+    root, undisturbed = (project.copy(tmp_path / name / "study", content(processes, nodes)) for name in ("taken", "left"))
     job = submitted(root)
     until(lambda: "only seed 0  epoch 2/" in log(root) or ended(job), root)
     first = ["sbatch", "--parsable", "--partition=high", f"--nodes={len(local.NODES)}", "--exclusive", "--output=/dev/null"]
@@ -101,7 +85,10 @@ def test_a_job_that_is_preempted_goes_on_to_the_same_bytes(
     until(lambda: ended(job), root)
     assert (about(job)["JobState"], about(job)["Restarts"]) == ("COMPLETED", "1"), log(root)
     assert re.search(r"stopped after step [1-9]\d* of 240; the same command goes on from there", log(root))
-    assert training.numbers(root) == undisturbed(processes * nodes)
+    other = submitted(undisturbed)
+    until(lambda: ended(other), undisturbed)
+    assert about(other)["JobState"] == "COMPLETED", log(undisturbed)
+    assert training.numbers(root) == training.numbers(undisturbed)
 
 
 def test_a_job_that_is_cancelled_has_saved_what_it_had_and_is_gone(tmp_path: Path) -> None:
