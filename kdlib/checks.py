@@ -190,11 +190,17 @@ def _check_batch(study: Study, recipe: str, user: str, images: int) -> None:
 @contextmanager
 def full_memory_refused(name: str, recipe: Recipe) -> Iterator[None]:
     """The GPU's memory running out in a training by this recipe becomes one line that says what to change."""
+    allowed = "what fits; `python -m kdlib.study plan` finds the largest that does"
+    do = "set it lower (it changes which images are mixed and normalised together), train fewer methods at once, or use a larger GPU"
+    with out_of_memory_refused(f"recipes.{name}.group_size", recipe.batch_size // recipe.groups, allowed, do):
+        yield
+
+
+@contextmanager
+def out_of_memory_refused(key: str, images: int, allowed: str, do: str) -> Iterator[None]:
+    """The GPU's memory running out becomes ``Refused`` about ``key``, which says how many images a GPU has at a time."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        group = recipe.batch_size // recipe.groups
-        found = f"{group} images, more than the memory of the GPU is enough for ({str(error).splitlines()[0]})"
-        do = "set it lower (it changes which images are mixed and normalised together), train fewer methods at once, or use a larger GPU"
-        allowed = "what fits; `python -m kdlib.study plan` finds the largest that does"
-        raise refuse(f"recipes.{name}.group_size", found, allowed, do) from error
+        found = f"{images} images, more than the memory of the GPU is enough for ({str(error).splitlines()[0]})"
+        raise refuse(key, found, allowed, do) from error

@@ -30,6 +30,7 @@ from kdlib.schema import (
     Published,
     RandAugmentParams,
     Recipe,
+    Rows,
     Study,
     StudyParams,
     Sweep,
@@ -53,6 +54,7 @@ __all__ = [
     "RandAugmentParams",
     "Recipe",
     "Refused",
+    "Rows",
     "Study",
     "StudyParams",
     "Sweep",
@@ -282,7 +284,7 @@ def _part(path: list[str], content: Mapping[Any, Any], parts: Mapping[str, type[
     if path and path[0] == "data":
         return SOURCES[content["data"][path[1]]["source"]]
     chosen = 2 if path[:2] == ["study", "published"] else len(path) if path[:1] == ["study"] else 1  # the step that is a person's own name
-    named = path[:chosen] + path[chosen + 1 :]
+    named = path[:chosen] + [step for step in path[chosen + 1 :] if not step.isdecimal()]  # nor which of a list
     return parts[".".join(named)]
 
 

@@ -210,11 +210,17 @@ class ComputeParams(Part):
     ahead: Literal["auto", True, False]
 
 
-class Published(Part):
-    """What a comparison repeats: rows of results/published/results.csv."""
+class Rows(Part):
+    """Of results/published/results.csv."""
 
     table: str
     where: dict[str, str]  # columns of the file and their values: what tells its rows from the others of the table
+
+
+class Published(Part):
+    """What is public about a comparison."""
+
+    rows: list[Rows]  # that it repeats
     settings: Literal["verified", "assumed"]  # assumed: no public source gives all of them, and nobody can say whether a number was met
 
 
@@ -245,7 +251,6 @@ class Study(Part):
     comparisons: Annotated[dict[str, Comparison], Field(min_length=1)]
 
 
-# what study.tables may name: kdlib.tables makes them
 TABLES = (
     "published",
     "data_scale",
@@ -263,6 +268,7 @@ PARTS: dict[str, type[Part]] = {
     "study": StudyParams,
     "study.headline": Headline,
     "study.published": Published,
+    "study.published.rows": Rows,
     "study.launch": Launch,
     "study.compute": ComputeParams,
     "teachers": Teacher,

@@ -35,7 +35,9 @@ def full() -> dict[str, Any]:
     """The tiny study with an entry of every source, whose name is not that of the source."""
     content = tiny.content()
     content["data"] |= {f"my_{name}": dict(entry) for name, entry in OTHER_SOURCES.items()}
-    content["study"]["published"] = {"small_weak": {"table": "figure1", "where": {"dataset": "cifar100"}, "settings": "assumed"}}
+    content["study"]["published"] = {
+        "small_weak": {"rows": [{"table": "figure1", "where": {"dataset": "cifar100"}}], "settings": "assumed"}
+    }
     return content
 
 
@@ -54,7 +56,7 @@ LEAVES = {key: value for key, value in PLACES.items() if not isinstance(value, d
 PART_PLACES = [""] + [
     key
     for key, value in PLACES.items()
-    if isinstance(value, dict) and set(value) & {"seeds", "processes", "precision", "settings", "source", "model", "epochs"}
+    if isinstance(value, dict) and set(value) & {"seeds", "processes", "precision", "settings", "where", "source", "model", "epochs"}
 ]
 PART_PLACES += ["study.headline", "recipes.weak.randaugment", "comparisons.tuned", "comparisons.tuned.sweep"]
 
@@ -62,7 +64,7 @@ PART_PLACES += ["study.headline", "recipes.weak.randaugment", "comparisons.tuned
 def part(content: dict[str, Any], key: str) -> dict[str, Any]:
     place: Any = content
     for step in key.split(".") if key else []:
-        place = place[step]
+        place = place[int(step) if isinstance(place, list) else step]
     assert isinstance(place, dict)
     return place
 
@@ -239,7 +241,7 @@ def test_every_part_of_the_form_was_tried() -> None:
     tried = {
         ".".join(step for i, step in enumerate(place.split(".")) if i != 1 or place.split(".")[0] not in chosen) for place in PART_PLACES
     }
-    tried = {place.replace(".published.small_weak", ".published") for place in tried}
+    tried = {place.replace(".published.small_weak", ".published").replace(".rows.0", ".rows") for place in tried}
     assert tried - {"data"} == set(PARTS)
     assert {part(full(), place)["source"] for place in PART_PLACES if place.startswith("data.")} == set(SOURCES)
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 
-from kdlib.models import Classifier, build
+from kdlib.models import Classifier, build, cifar
+from kdlib.models.features import stage_indices
 from kdlib.models.small import NAMES
 from kdlib.train.run import forward_flops, weights
 from tests import training
@@ -43,7 +44,25 @@ def count(blocks: int, width: int, channels: int, classes: int) -> int:
 def test_every_small_net_is_known_to_timm() -> None:
     assert set(SHAPES) == set(NAMES)
     assert all(timm.is_model(name) for name in NAMES)
-    assert set(NAMES) == set(timm.list_models("kd_*"))
+    assert {*NAMES, *cifar.NAMES} == set(timm.list_models("kd_*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "maps"),
+    [
+        ("kd_cifar_resnet50", 23_705_252, [(256, 32), (512, 16), (1024, 8), (2048, 4)]),
+        ("kd_cifar_mobilenetv2_050", 812_836, [(12, 16), (16, 8), (48, 4), (160, 2)]),
+    ],
+)
+def test_nets_of_the_literature_have_its_sizes(name: str, parameters: int, maps: list[tuple[int, int]]) -> None:
+    """Those of mdistiller's classes at 100 classes and 32 px: parameters, and channels and side of the stages that hints look at."""
+    net = build(name, 100, 3, 32).net
+    assert sum(parameter.numel() for parameter in net.parameters()) == parameters
+    taken = net.forward_intermediates(torch.zeros(1, 3, 32, 32), indices=list(stage_indices(net)), intermediates_only=True)
+    assert [(one.shape[1], one.shape[2]) for one in taken] == maps
+    assert net.reset_classifier(7) is None
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert not any(isinstance(module, nn.ReLU6) for module in net.modules())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -40,7 +40,8 @@ REPEATS: dict[str, set[str]] = {
     ),
     **dict.fromkeys((f"kdlib.data.{name}" for name in ("originals", "paths", "reading")), EVERY),
     **dict.fromkeys(("kdlib.decoding", *(f"kdlib.decoding.{name}" for name in ("pixels", "pool"))), EVERY),
-    **dict.fromkeys(("kdlib.models", "kdlib.models.build", "kdlib.models.features", "kdlib.models.small", "kdlib.train"), EVERY),
+    **dict.fromkeys(("kdlib.models", "kdlib.models.build", "kdlib.models.features", "kdlib.train"), EVERY),
+    **dict.fromkeys(("kdlib.models.cifar", "kdlib.models.small"), EVERY),
     **dict.fromkeys(
         (
             f"kdlib.train.{name}"

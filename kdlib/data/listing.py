@@ -103,6 +103,9 @@ def _in_shards(key: str, root: Path) -> tuple[list[str], Parts]:
         except pixels.Changed as error:
             raise config.refuse(key, str(error), "whole tar files, not compressed", "make or copy it again") from error
         found[part] = [_image(file, member) for file, index in zip(files, indices, strict=True) for member in index]
+        if not found[part]:
+            do = "make the shards again, or set stored to what lies there"
+            raise config.refuse(key, f"no image in the shards of {root / part}", "images named <key>.jpg, and so on, in them", do)
         for image in found[part]:
             if not image.kind:
                 what = f"{image.file}: {image.name} with neither .cls nor a folder"

@@ -23,7 +23,7 @@ def index(shard: str, extensions: Collection[str]) -> list[Member]:
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                folder, _, name = member.name.rpartition("/")
+                folder, _, name = member.name.removeprefix("./").rpartition("/")  # `tar -cf SHARD .` writes ./
                 stem, _, kind = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 if not member.isfile() or not stem:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 
 from kdlib import identity
+from kdlib.checks import out_of_memory_refused
 from kdlib.config import Refused, known, refuse
 from kdlib.detection import coco, table
 from kdlib.detection.coco import Instances, Views
@@ -65,8 +66,10 @@ def train(root: Path, name: str) -> None:
         say(f"{name}: goes on from step {learning.step} of {recipe.epochs * learning.per_epoch}")
     elif rank() == 0:
         write_json(folder / "run.json", about(root, name, study))
-    fit(learning, views, study.study, folder)
-    detected = detect(learning.detector, on_val, device, study.study.workers)
+    do = "set it lower (more GPUs then share a batch), or use larger ones"
+    with out_of_memory_refused(f"recipes.{params.recipe}.group_size", recipe.group_size, "what fits", do):
+        fit(learning, views, study.study, folder)
+        detected = detect(learning.detector, on_val, device, study.study.workers)
     if rank() == 0:
         _write(folder, learning, measure(on_val, detected) | {"images": len(on_val.images), "steps": learning.step}, device)
     wait_for_all()

@@ -1,4 +1,4 @@
-"""Any timm model (our small nets are registered there) as a model that takes un-normalised images of a data set."""
+"""Any timm model (our own nets are registered there) as a model that takes un-normalised images of a data set."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kdlib.models import features, small  # importing the latter registers the small nets with timm
+from kdlib.models import cifar, features, small  # importing the nets registers them with timm
 from kdlib.types import Asks, Images, Output, OutputShape, Part
 
 _UNFIT = (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError)  # what models raise for a size that is not theirs
@@ -49,7 +49,7 @@ def build(name: str, classes: int, channels: int, size: int, drop_path: float = 
     cannot take.
     """
     if not timm.is_model(name):
-        raise ValueError(f"found {name!r}; allowed: a timm model or one of {', '.join(small.default_cfgs)}; {_closest(name)}")
+        raise ValueError(f"found {name!r}; allowed: a timm model or one of {', '.join((*small.NAMES, *cifar.NAMES))}; {_closest(name)}")
     options: dict[str, Any] = {"num_classes": classes, "in_chans": channels}
     if drop_path:
         options["drop_path_rate"] = drop_path  # not every family knows it

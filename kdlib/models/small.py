@@ -104,7 +104,7 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any], **shape: Any) -
     return model
 
 
-_CFG = {
+CFG = {
     "url": "",
     "num_classes": 1000,
     "input_size": (3, 32, 32),
@@ -118,7 +118,7 @@ _CFG = {
     "min_input_size": (3, 8, 8),
 }
 NAMES = ("kd_resnet8_w8_s1", "kd_resnet8_w16_s2", "kd_resnet14_w32_s1", "kd_resnet14_w32_s2", "kd_resnet20_w16_s1", "kd_resnet56_w16_s1")
-default_cfgs = generate_default_cfgs(dict.fromkeys(NAMES, _CFG))
+default_cfgs = generate_default_cfgs(dict.fromkeys(NAMES, CFG))
 
 
 @register_model

@@ -16,11 +16,14 @@ _NATS = ("nll", "teacher_kl")
 
 
 def sure(study: Study) -> str:
-    """How every number of a caption was measured."""
+    """How every number of a caption was measured, and which comparisons have settings that no public source gives."""
     seeds = ", ".join(map(str, study.study.seeds))
+    assumed = [name for name, item in study.study.published.items() if item.settings == "assumed" and name in study.comparisons]
+    of_assumed = f" Assumed settings, of which nobody can say that they are the paper's: {', '.join(assumed)}." if assumed else ""
     return (
         f"Seeds {seeds}. ± is half the width of a {100 * study.study.confidence:g} % Student t interval over n seeds, differences paired "
         "by seed; it is absent where fewer than two seeds finished or all of them agree exactly. Diverged runs are left out and reduce n."
+        + of_assumed
     )
 
 
