@@ -661,6 +661,14 @@ def test_a_full_gpu_is_told_with_the_parameter(tmp_path: Path, monkeypatch: pyte
         run(made, "small")
 
 
+def test_several_machines_are_refused(tmp_path: Path) -> None:
+    root = shapes.write(tmp_path)
+    content = config.read(root)
+    content["study"]["launch"] = {"processes": 2, "nodes": 2, "rendezvous": "first:29500"}
+    with refused("study.launch.nodes", "found 2", "allowed: 1", "of one machine"):
+        settings.load(shapes.save(root, content))
+
+
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     root = shapes.write(tmp_path)
     with refused("runs", "'smal'", "did you mean 'small'?"):
