@@ -159,7 +159,8 @@ class Outlook:
         print(f"tries {len(kinds)} groups of runs, of the largest nets some seconds each", file=sys.stderr, flush=True)
         for count in sorted({kind.threads for kind in kinds}):
             alike = [kind for kind in kinds if kind.threads == count]
-            costs |= dict(zip(alike, side_by_side(of, alike, self._beside(count)), strict=True))
+            told = [(f"{len(costs) + place} of {len(kinds)}", kind) for place, kind in enumerate(alike, start=1)]
+            costs |= dict(zip(alike, side_by_side(functools.partial(_told, of), told, self._beside(count)), strict=True))
         return {kind: self._decoded(kind, cost) for kind, cost in costs.items()}
 
     def _decoded(self, kind: Kind, cost: Cost) -> Cost:
@@ -251,6 +252,14 @@ def _cost(study: Study, known: Mapping[str, Facts], device: torch.device, of: tu
     """From (steps, processes). Keeps from the log what the engine says, which is not about a real training."""
     with threads(kind.threads), redirect_stdout(io.StringIO()):
         return trial.cost(*_setting(study, known[kind.data], device, kind), *of)
+
+
+def _told(of: Callable[[Kind], Cost], item: tuple[str, Kind]) -> Cost:
+    """A cost, said to be worked on: by whichever process does it."""
+    place, kind = item
+    whose = f"{kind.student} of {kind.teacher}" if kind.teacher else kind.student
+    print(f"  {place}: {whose}, {kind.recipe}, {len(kind.methods)} at once", file=sys.stderr, flush=True)
+    return of(kind)
 
 
 @functools.lru_cache(maxsize=1)  # a large one takes seconds to make, and most groups in turn have the same

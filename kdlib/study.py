@@ -12,6 +12,7 @@ python -m kdlib.study gc               what store and cache hold; with --free, d
 import argparse
 import fcntl
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -72,12 +73,33 @@ def run(root: Path) -> None:
     with _alone(root) as lock:
         _without_git(root)
         committed = _committed(root)
-        for stages in (["data"], []):  # all data first: a folder that is missing is found before any teacher is trained
+        # all data first: a folder that is missing is found before any teacher is trained
+        for stages in _stages(root):
             # dvc inherits the lock: when this process alone is killed, the next one waits for the dvc that is still at work
             done = subprocess.run([sys.executable, "-m", "dvc", "repro", *stages], cwd=root, check=False, pass_fds=[lock])
             if done.returncode:
                 raise Refused("the study stopped, for the reason above; what is finished is kept, and the same command goes on from there")
         print(_report(root, committed))
+
+
+def _stages(root: Path) -> list[list[str]]:
+    """What to ask `dvc repro` for, one call after the other; an empty list is everything.
+
+    Where study.missing is blank, data sets whose path is an environment variable that is not set are left out, with what needs them; if
+    that is all of them, none is, and the first is refused.
+    """
+    study = config.load(root)
+    unset = {name for name, item in study.data.items() if "$" in os.path.expandvars(getattr(item, "path", ""))}
+    kept = [name for name in study.data if name not in unset]
+    if not unset or not kept or study.study.missing != "blank":
+        return [["data"], []]
+    print(
+        f"leaves out {', '.join(sorted(unset))}, with what needs it: the path is an environment variable that is not set", file=sys.stderr
+    )
+    teachers = [f"teacher@{name}" for name, item in study.teachers.items() if item.data in kept]
+    comparisons = [f"distill@{name}" for name, item in study.comparisons.items() if item.data in kept]
+    tables_alone = ["--single-item", "notebook@4_tables", "tables", "readme"]
+    return [[f"data@{name}" for name in kept], teachers + comparisons, tables_alone]
 
 
 def join(root: Path) -> None:

@@ -42,6 +42,7 @@ from kdlib.train.signals import Stopped
 from tests import shapes, tiny
 from tests.refusals import refused
 from tests.test_distributed import meet
+from tests.test_loading import convnext_of_its_authors
 from tests.training import start
 
 STUDY = tiny.ROOT / "studies/imagenet/detection"
@@ -324,6 +325,19 @@ def test_maps_are_those_of_timm(tmp_path: Path, model: str, widths: list[int]) -
     }
 
 
+def test_released_weights_in_their_authors_layout_are_those_of_timm(tmp_path: Path) -> None:
+    """With a classifier of any number of classes, or with none."""
+    net = timm.create_model("convnextv2_tiny", num_classes=7).eval()
+    theirs = convnext_of_its_authors(net.state_dict())
+    for classifier in (True, False):
+        state = {name: value for name, value in theirs.items() if classifier or not name.startswith("head.")}
+        torch.save({"model": state}, tmp_path / "w.pth")
+        made = backbone.build("runs.it", a_run("convnextv2_tiny", "w.pth"), recipe(output_norms=False), tmp_path).eval()
+        loaded, wanted = made.net.state_dict(), net.state_dict()
+        assert loaded.keys() <= wanted.keys()
+        assert all(torch.equal(value, wanted[name]) for name, value in loaded.items() if not name.startswith("head."))
+
+
 # Measures
 
 
@@ -595,7 +609,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     with refused("runs.it.weights", "damaged.pth", "weights of test_convnext"):
         backbone.build("runs.it", a_run(weights="damaged.pth"), of, tmp_path)
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "other.safetensors")
-    with refused("runs.it.weights", "missing: stem.0.weight", "unexpected: bn1.num_batches_tracked", "more)"):
+    with refused("runs.it.weights", "missing (stem.0.weight", "unexpected (", "it looks like a ResNet"):
         backbone.build("runs.it", a_run(weights="other.safetensors"), of, tmp_path)
 
 
@@ -627,6 +641,32 @@ def test_models_without_such_maps_are_refused(tmp_path: Path, model: str, parts:
 def test_recipes_that_cannot_work_are_refused(tmp_path: Path, key: str, change: dict[str, Any], parts: list[str]) -> None:
     with refused(key, *parts):
         run(shapes.write(tmp_path, **change), "small")
+
+
+def test_without_published_numbers_nothing_is_trained(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train", str(root), "small"])
+    monkeypatch.setattr("kdlib.detection.train.run", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit, match=r"STUDY: found .*, which has no results/published/results.csv at or above it; allowed: "):
+        main()
+
+
+def test_a_full_gpu_is_told_with_the_parameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = shapes.write(tmp_path / "shapes")
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("kdlib.detection.train.fit", full)
+    with refused("recipes.tiny.group_size", "more than the memory of the GPU", "Tried to allocate 2.00 GiB.)", "set it lower"):
+        run(made, "small")
+
+
+def test_several_machines_are_refused(tmp_path: Path) -> None:
+    root = shapes.write(tmp_path)
+    content = config.read(root)
+    content["study"]["launch"] = {"processes": 2, "nodes": 2, "rendezvous": "first:29500"}
+    with refused("study.launch.nodes", "found 2", "allowed: 1", "of one machine"):
+        settings.load(shapes.save(root, content))
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from kdlib.experiment import Experiment
 from kdlib.export import export
 from kdlib.models.loading import load_checkpoint
 from kdlib.results import read_json
+from kdlib.study import _stages
 from kdlib.train.measure import predict
 from tests import imagenet, jpegs, published_recipes, tiny, training
 
@@ -152,12 +153,35 @@ def test_recipes_are_the_papers() -> None:
     recipes = config.load(imagenet.STUDY).recipes
     for name, strategy in (("a1", "A1"), ("a2", "A2")):
         assert recipes[name] == published_recipes.strong(strategy, augment="batched")
+    numbers = ("epochs", "batch_size", "learning_rate", "weight_decay", "milestones", "warmup")
+    for name, strategy in zip(("previous", "cifar_previous"), published_recipes.PREVIOUS, strict=True):
+        theirs = published_recipes.previous(strategy)
+        assert [getattr(recipes[name], each) for each in numbers] == [getattr(theirs, each) for each in numbers]
+
+
+def test_data_sets_whose_variable_is_unset_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One command, given the path of ImageNet."""
+    monkeypatch.setenv("IMAGENET", "/data/imagenet")
+    monkeypatch.delenv("CIFAR100", raising=False)
+    data, trained, tabled = _stages(imagenet.STUDY)
+    assert "leaves out cifar100" in capsys.readouterr().err
+    assert data == ["data@imagenet"]
+    assert {"teacher@beit_base", "distill@t2_a2"} <= set(trained)
+    left = {name for name, item in config.load(imagenet.STUDY).comparisons.items() if item.data == "cifar100"}
+    assert left == {"t1_r56_r20_previous", "t1_r56_r20_strong", "t1_r50_mv2_previous", "t1_r50_mv2_strong"}
+    assert not {"teacher@resnet56", "teacher@cifar_resnet50", *(f"distill@{name}" for name in left)} & set(trained)
+    assert tabled == ["--single-item", "notebook@4_tables", "tables", "readme"]
+    monkeypatch.delenv("IMAGENET")
+    assert _stages(imagenet.STUDY) == [["data"], []]  # which refuses the first of them
+    monkeypatch.setenv("IMAGENET", "/data/imagenet")
+    monkeypatch.setenv("CIFAR100", "/data/cifar")
+    assert _stages(imagenet.STUDY) == [["data"], []]
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_every_comparison_of_the_study(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    """All 51, BEiTv2-L among the teachers: 10 GB on the disk while it runs."""
+    """All 53, BEiTv2-L among the teachers: 10 GB on the disk while it runs."""
     made = imagenet.content(*inputs)
     experiment = prepared(tmp_path, made)
     for name in made["comparisons"]:

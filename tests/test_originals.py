@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -386,6 +387,25 @@ def test_a_class_map_gives_the_order(root: Path, tmp_path: Path) -> None:
         assert found.class_names == list(reversed(jpegs.CLASSES))
         for row, label in enumerate(found.test.labels):
             assert Path(found.test.images.place(row).file).parent.name == found.class_names[label]
+
+
+def test_shards_without_an_image_are_refused(root: Path, tmp_path: Path) -> None:
+    shards = jpegs.to_shards(root, tmp_path / "shards", numbered=False)
+    for file in (shards / "val").glob("*.tar"):
+        with tarfile.open(file, "w"):
+            pass
+    with refused("data.net.path", "no image in the shards of", "val", "images named <key>.jpg"):
+        prepared(tmp_path, params(shards, stored="shards"))
+
+
+def test_shards_may_name_their_members_from_the_folder_on(root: Path, tmp_path: Path) -> None:
+    """As `tar -cf SHARD .` does."""
+    for part in ("train", "val"):
+        (tmp_path / "shards" / part).mkdir(parents=True)
+        with tarfile.open(tmp_path / "shards" / part / "0.tar", "w") as tar:
+            tar.add(root / part, arcname=".")
+    found = prepared(tmp_path, params(tmp_path / "shards", stored="shards"))
+    assert found.class_names == prepared(tmp_path / "too", params(root)).class_names
 
 
 def test_a_class_map_that_lacks_a_number_of_the_shards_is_refused(root: Path, tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ from typing import Any
 import timm
 from jaxtyping import Float
 from timm.layers import LayerNorm2d  # type: ignore[attr-defined]
-from timm.models import group_parameters, load_state_dict
+from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from kdlib.config import refuse
 from kdlib.detection.settings import Recipe, Run
-from kdlib.models import small  # noqa: F401 (registers the small nets with timm)
+from kdlib.models import layouts, small  # noqa: F401 (the latter registers the small nets with timm)
 from kdlib.models.features import stage_indices
 
 STRIDES = (4, 8, 16, 32)
@@ -59,7 +59,7 @@ def build(key: str, run: Run, recipe: Recipe, root: Path) -> Backbone:
 
 
 def load(key: str, path: Path, net: nn.Module, model: str) -> None:
-    """Copy the weights of a file into a model, but for those of a classifier. Raises ``Refused``."""
+    """Copy the weights of a file, in timm's layout or its authors', into a model, but for those of a classifier. Raises ``Refused``."""
     if not path.is_file():
         do = "correct the path (it counts from the folder of params.yaml), or write null to start from scratch"
         raise refuse(key, str(path), "a .safetensors or .pth file", do)
@@ -67,15 +67,17 @@ def load(key: str, path: Path, net: nn.Module, model: str) -> None:
     heads = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else tuple(cfg["classifier"])
     of_head = tuple(f"{head}." for head in heads)
     try:
-        state = {name: value for name, value in load_state_dict(str(path)).items() if not name.startswith(of_head)}
-        missing, unexpected = net.load_state_dict(state, strict=False)
+        given, _ = layouts.unwrap(layouts.read(path))
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise refuse(key, str(path), f"weights of {model}", f"choose the model that they are of ({reason})") from error
-    missing = [name for name in missing if not name.startswith(of_head)]
-    if missing or unexpected:
-        do = f"choose the model that they are of (missing: {_some(missing)}; unexpected: {_some(unexpected)})"
+    own = {name: value for name, value in net.state_dict().items() if name.startswith(of_head)}
+    converted, _ = layouts.convert(given, net)
+    state = {name: value for name, value in converted.items() if not name.startswith(of_head)} | own
+    if found := layouts.differences(state, net):
+        do = f"choose the model that they are of ({found}; it looks like {layouts.looks_like(given)})"
         raise refuse(key, str(path), f"weights of {model}", do)
+    net.load_state_dict(state)
 
 
 def freeze(net: nn.Module, stages: int) -> None:
@@ -104,7 +106,3 @@ def _net(key: str, model: str, drop_path: float) -> tuple[Any, tuple[int, ...], 
         found = f"{model} with maps at strides {[one['reduction'] for one in info]}"
         raise refuse(key, found, f"a model with maps at strides {list(STRIDES)}", "choose another, resnet50 or convnextv2_tiny for example")
     return net, indices, tuple(one["num_chs"] for one in info)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

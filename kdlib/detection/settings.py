@@ -97,6 +97,8 @@ def parse(content: dict[Any, Any]) -> Detection:
     """Check types, ranges, names, and what depends on each other. Raises ``Refused``."""
     study = config.check(Detection, content, PARTS)
     check_machines(study.study.launch)
+    if study.study.launch.nodes > 1:
+        raise refuse("study.launch.nodes", study.study.launch.nodes, "1", "a detector trains on the GPUs of one machine")
     for name, run in study.runs.items():
         known(f"runs.{name}.recipe", run.recipe, study.recipes)
     for name, recipe in study.recipes.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from kdlib import published
+from kdlib.config import Refused
 from kdlib.detection.settings import Detection, Run
 from kdlib.results import read_json
 from kdlib.tables.render import Table, markdown, number, records
@@ -21,6 +22,15 @@ DIFFERENCES = (
     "of pyramid and heads are torchvision's; ConvNeXtV2's response normalisation is free of weight decay. The cascade's boxes are the same "
     "for all classes, where ConvNeXt's official configuration has boxes for each class."
 )
+
+
+def check(root: Path) -> None:
+    """Raises ``Refused`` where no published numbers are at hand."""
+    try:
+        published.read(root)
+    except FileNotFoundError as error:
+        do = "put the folder of the study into the project, or copy the file beside it"
+        raise Refused(f"STUDY: found {root}, which has no {published.FILE} at or above it; allowed: a folder that has; {do}") from error
 
 
 def compare(root: Path, study: Detection, runs: Path) -> Table:

@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("name")
     given = parser.parse_args()
     try:
+        table.check(given.study)  # before hours of training
         run(given.study, given.name)
         print(table.write(given.study, load(given.study), RUNS))
     except Refused as error:
