@@ -12,7 +12,6 @@ python -m kdlib.study gc               what store and cache hold; with --free, d
 import argparse
 import fcntl
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -89,7 +88,7 @@ def _stages(root: Path) -> list[list[str]]:
     that is all of them, none is, and the first is refused.
     """
     study = config.load(root)
-    unset = {name for name, item in study.data.items() if "$" in os.path.expandvars(getattr(item, "path", ""))}
+    unset = {name for name, item in study.data.items() if hasattr(item, "path") and not _is_set(item.path)}
     kept = [name for name in study.data if name not in unset]
     if not unset or not kept or study.study.missing != "blank":
         return [["data"], []]
@@ -100,6 +99,16 @@ def _stages(root: Path) -> list[list[str]]:
     comparisons = [f"distill@{name}" for name, item in study.comparisons.items() if item.data in kept]
     tables_alone = ["--single-item", "notebook@4_tables", "tables", "readme"]
     return [[f"data@{name}" for name in kept], teachers + comparisons, tables_alone]
+
+
+def _is_set(path: str) -> bool:
+    from kdlib.data.paths import place  # noqa: PLC0415 (see ``check``)
+
+    try:
+        place("", path)
+    except Refused:
+        return False
+    return True
 
 
 def join(root: Path) -> None:

@@ -41,7 +41,7 @@ def run(root: Path, name: str) -> dict[str, Any]:
     _check_same(folder, about(root, name, study))
     if not (folder / "metrics.json").is_file():
         launch, work = study.study.launch, functools.partial(train, root, name)
-        together(launch, work, Refused) if launch.processes * launch.nodes > 1 else work()
+        together(launch, work, Refused) if launch.processes > 1 else work()
     return read_json(folder / "metrics.json")
 
 
