@@ -25,11 +25,11 @@ from timm.data.loader import fast_collate
 from torch.utils.data import DataLoader, RandomSampler
 
 from kdlib import config
-from kdlib.config import Originals, Recipe
-from kdlib.data import prepare
-from kdlib.data.splits import DataSet, load
-from kdlib.data.stream import ViewStream
+from kdlib.config.schema import Originals, Recipe
+from kdlib.data.dataset import DataSet, load
+from kdlib.data.sources import prepare
 from kdlib.decoding.pool import spare
+from kdlib.views.stream import ViewStream
 
 STUDY = Path(__file__).parents[1] / "studies" / "imagenet"
 SIZE, CLASSES = 224, 2

@@ -22,10 +22,10 @@ import torch
 from pages import HERE, Row, about, heading, parser, ratio, write, written
 from peers import LOGITS, Official, Ours, OursSideBySide, Task, Timm, pil_batches
 
-from kdlib.results import write_text
-from kdlib.tables import insert_between_markers
-from kdlib.train.run import forward_flops
-from kdlib.train.threads import threads
+from kdlib.engine.threads import threads
+from kdlib.engine.train import forward_flops
+from kdlib.files import write_text
+from kdlib.study.report.readme import insert_between_markers
 
 STUDENT = "student with its loss, backward pass and optimiser"
 ALONE = f"{STUDENT}, one thread"

@@ -19,11 +19,11 @@ import torch
 from pages import Row, about, heading, parser, ratio, write_with_page
 from peers import Ours, Task
 
-from kdlib.config import Fractals, Launch
-from kdlib.data import prepare
-from kdlib.data.splits import load
-from kdlib.ranks import rank
-from kdlib.train.launch import together
+from kdlib.config.schema import Fractals, Launch
+from kdlib.data.dataset import load
+from kdlib.data.sources import prepare
+from kdlib.parallel.launch import run_distributed
+from kdlib.parallel.ranks import rank
 
 ROUNDS = 5
 
@@ -105,7 +105,7 @@ def by_processes(task: Task, count: int) -> list[Row]:
     """One process with two groups beside two with one each; the time of a step, processes started and warm."""
     halves = replace(task, group=task.batch // 2)
     alone = _trained(halves, count)
-    both = together(Launch(processes=2, nodes=1, rendezvous=None), _Work(halves, count), RuntimeError)
+    both = run_distributed(Launch(processes=2, nodes=1, rendezvous=None), _Work(halves, count), RuntimeError)
     ratio = both / alone
     print(f"processes 2: {1e3 * both:.1f} ms a step, x {ratio:.2f}", flush=True)
     kept = {"what": "processes", "ratio_min": None, "ratio_max": None}

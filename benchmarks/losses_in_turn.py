@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.config import Study
+from kdlib.config.schema import Params
 from kdlib.losses import METHODS, Method
-from kdlib.types import Asks, Batch, Output, OutputShape, Part
+from kdlib.types import Asks, Batch, Feature, Output, OutputShape
 
 WARM_UP = 2  # rounds that do not count
 AT_SCALE = {"negatives": 16384.0}  # official, for ImageNet; params.yaml has fewer for its small data sets
@@ -38,7 +38,7 @@ class Bench:
 
     shapes: Shapes
     device: torch.device
-    study: Study
+    study: Params
 
     @property
     def baseline(self) -> str:
@@ -57,8 +57,10 @@ class Bench:
         def draw(*sizes: int) -> Tensor:
             return torch.randn(size, *sizes, device=self.device).requires_grad_(grad)
 
-        embedding = draw(shape.embedding) if Part.EMBEDDING in asks else None
-        maps, before = (tuple(draw(*one) for one in shape.maps) if part in asks else None for part in (Part.MAPS, Part.PREACTIVATIONS))
+        embedding = draw(shape.embedding) if Feature.EMBEDDING in asks else None
+        maps, before = (
+            tuple(draw(*one) for one in shape.maps) if part in asks else None for part in (Feature.MAPS, Feature.PREACTIVATIONS)
+        )
         return Output(draw(shape.classes), embedding, maps, before)
 
     def batch(self, size: int) -> Batch:
@@ -111,7 +113,7 @@ def _union(asks: Iterable[Asks]) -> Asks:
 
 
 def _only(output: Output, asks: Asks) -> Output:
-    return Output(output.logits, **{part.value: getattr(output, part.value) for part in asks - {Part.LOGITS}})
+    return Output(output.logits, **{part.value: getattr(output, part.value) for part in asks - {Feature.LOGITS}})
 
 
 def _tensors(output: Output) -> list[Tensor]:

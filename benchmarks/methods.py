@@ -15,12 +15,12 @@ from losses_in_turn import Bench, Shapes
 from pages import HERE, Row, about, heading, parser, ratio, write_with_page
 
 from kdlib import config
+from kdlib.engine.memory import peak_bytes
 from kdlib.losses import METHODS
-from kdlib.models import build
-from kdlib.train.memory import peak_bytes
-from kdlib.types import Asks, OutputShape, Part
+from kdlib.models.build import build
+from kdlib.types import Asks, Feature, OutputShape
 
-MAPS = {Part.MAPS, Part.PREACTIVATIONS}
+MAPS = {Feature.MAPS, Feature.PREACTIVATIONS}
 
 
 STAGES = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
@@ -47,7 +47,7 @@ def table(bench: Bench) -> list[Row]:
     """All methods, each beside the baseline: those on logits alone once, others with every teacher, those on maps in smaller batches."""
     rows = []
     for i, teacher in enumerate(bench.shapes.teachers):
-        flat = [name for name in METHODS if not _asks(name) & MAPS and (i == 0 or _asks(name) != {Part.LOGITS})]
+        flat = [name for name in METHODS if not _asks(name) & MAPS and (i == 0 or _asks(name) != {Feature.LOGITS})]
         rows += compare(bench, flat, teacher, bench.shapes.batch, bench.shapes.rounds)
         mapped = [name for name in METHODS if _asks(name) & MAPS]
         rows += compare(bench, mapped, teacher, bench.shapes.map_batch, bench.shapes.map_rounds)

@@ -23,22 +23,22 @@ from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from kdlib.config import ComputeParams, RandAugmentParams, Recipe
-from kdlib.data import augment
-from kdlib.data.stream import ViewStream
+from kdlib.config.schema import ComputeParams, RandAugmentParams, Recipe
+from kdlib.engine.backend import choose, fastest_teacher
+from kdlib.engine.learner import Learner
+from kdlib.engine.loop import own
+from kdlib.engine.prefetch import prefetch
+from kdlib.engine.teacher import Teacher
+from kdlib.engine.teacher_cache import TeacherCache
+from kdlib.engine.threads import threads
 from kdlib.losses.kd import KD
-from kdlib.models import Classifier, build
+from kdlib.models.build import Classifier, build
 from kdlib.seed import generator, seed_torch
-from kdlib.train.ahead import in_time
-from kdlib.train.answers import Answers
-from kdlib.train.compute import answering, choose
-from kdlib.train.fit import own
-from kdlib.train.learner import Learner
-from kdlib.train.teacher import Teacher
-from kdlib.train.threads import threads
-from kdlib.types import Batch, Output, Part
+from kdlib.types import Batch, Feature, Output
+from kdlib.views import crop
+from kdlib.views.stream import ViewStream
 
-LOGITS = frozenset({Part.LOGITS})
+LOGITS = frozenset({Feature.LOGITS})
 AUTO = ComputeParams(precision="auto", compile="auto", resident="auto", ahead="auto")
 HALF = 0.5  # mean and standard deviation of our nets' normalisation
 
@@ -134,11 +134,11 @@ class PilViews(Dataset[tuple[np.ndarray, int]]):
         planes = np.array(view).reshape(self.task.size, self.task.size, self.task.channels).transpose(2, 0, 1)
         return np.ascontiguousarray(planes), int(self.task.labels[index])
 
-    def _draws(self, step: int) -> tuple[np.ndarray, augment.Crops]:
+    def _draws(self, step: int) -> tuple[np.ndarray, crop.Crops]:
         """Of one batch; drawn once for it in each worker."""
         if getattr(self, "_at", None) != step:
             task = self.task
-            crops = augment.draw(generator(0, "views", step), task.recipe, 0.5, (task.batch, task.size, task.size))
+            crops = crop.draw(generator(0, "views", step), task.recipe, 0.5, (task.batch, task.size, task.size))
             self._at, self._kept = step, (self.stream.places(step), crops)
         return self._kept
 
@@ -239,7 +239,7 @@ class Timm:
 
 
 class Ours:
-    """kdlib's learners on its view stream, in this process, as kdlib.train.fit runs them."""
+    """kdlib's learners on its view stream, in this process, as kdlib.engine.loop runs them."""
 
     name = "ours"
 
@@ -248,7 +248,7 @@ class Ours:
         compute = choose(AUTO, torch.device(task.device), task.recipe, task.steps, task.pixels.nbytes)
         self.stream = task.stream(torch.from_numpy(task.pixels).to(task.device) if compute.resident else task.pixels, task.device)
         batch = self.stream.batch(0)
-        teacher = answering(Teacher(task.teaches()), compute, batch.images, LOGITS)
+        teacher = fastest_teacher(Teacher(task.teaches()), compute, batch.images, LOGITS)
         self.answers = self._answers(teacher, None)
         self.ahead = compute.ahead
         self.learners = []
@@ -266,8 +266,8 @@ class Ours:
         made.answers = self._answers(self.answers.teacher, folder)
         return made
 
-    def _answers(self, teacher: Teacher, folder: Path | None) -> Answers:
-        return Answers(teacher, folder, self.task.batch // self.task.recipe.groups, self.task.images // self.task.batch)
+    def _answers(self, teacher: Teacher, folder: Path | None) -> TeacherCache:
+        return TeacherCache(teacher, folder, self.task.batch // self.task.recipe.groups, self.task.images // self.task.batch)
 
     def batches(self, steps: range) -> Iterator[Any]:
         """Of every step its groups: number, views, answers."""
@@ -275,7 +275,7 @@ class Ours:
         places = ((step, number) for step in steps for number in own(groups))
         made: list[Any] = []
         with threads(max(1, torch.get_num_threads() - self.ahead)):
-            for (step, number), (batch, said) in in_time(self._make, places, self.ahead, self.task.device):
+            for (step, number), (batch, said) in prefetch(self._make, places, self.ahead, self.task.device):
                 made.append((step * groups + number, batch, said))
                 if number == own(groups)[-1]:
                     yield made
@@ -299,7 +299,7 @@ class Ours:
 
 
 class OursSideBySide:
-    """The same in a process for each core, as the study shares its students out (kdlib.train.schedule)."""
+    """The same in a process for each core, as the study shares its students out (kdlib.parallel.placement)."""
 
     name = "ours"
 

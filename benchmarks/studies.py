@@ -83,7 +83,7 @@ def stages(folder: Path) -> dict[str, str]:
     """In a finished study: what DVC and a notebook cost by themselves."""
     idle = [timed([sys.executable, "-m", "dvc", "repro"], folder) for _ in range(5)]
     title = next(path.stem.replace(".", "@") for path in sorted((folder / "runs/notebooks").glob("teacher.*.ipynb")))
-    overhead = [timed([sys.executable, "-m", "kdlib.notebook", "run", title], folder) for _ in range(5)]
+    overhead = [timed([sys.executable, "-m", "kdlib.study.cli.notebook", "run", title], folder) for _ in range(5)]
     return {
         "`dvc repro` with nothing to do, median of 5 (at most 5 s)": f"{sorted(idle)[2]:.1f} s",
         "a notebook stage whose work is done already: kernel, imports; median of 5 (at most 6 s)": f"{sorted(overhead)[2]:.1f} s",

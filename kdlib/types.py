@@ -13,7 +13,7 @@ Maps = tuple[Float[Tensor, "batch _ _ _"], ...]  # of a model's stages, from the
 Terms = dict[str, Float[Tensor, ""]]  # named loss terms; their sum is the loss
 
 
-class Part(StrEnum):
+class Feature(StrEnum):
     """What a method may ask a model for. Maps are those of all stages, which all students of a comparison share.
 
     Logits come with every answer: the head that gives them is 0.05 % of a ResNet-50's forward pass, 3 % of a MobileNetV3-small's.
@@ -25,7 +25,7 @@ class Part(StrEnum):
     PREACTIVATIONS = "preactivations"
 
 
-Asks = frozenset[Part]  # empty: the model is not asked at all
+Asks = frozenset[Feature]  # empty: the model is not asked at all
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib import config, published, results, tables
+from kdlib import config
+from kdlib.config.references import grid_points
+from kdlib.config.schema import Comparison, Params
+from kdlib.files import write_json
+from kdlib.study.report import build, collect, published
+from kdlib.study.training import planned
 
 RANDAUGMENT = {"operations": 0, "magnitude": 0.0, "magnitude_std": 0.0}
 RECIPE = {
@@ -72,7 +77,7 @@ METHODWISE = {
 }
 
 
-def study(**changes: Any) -> config.Study:
+def study(**changes: Any) -> Params:
     """Two scales, two recipes, one sweep; ``changes`` replace keys of the section ``study``."""
     teacher = {"data": "digits", "model": "net", "size": None, "recipe": "weak", "seed": 0, "checkpoint": None, "min_top1": 0.5}
     comparisons = {
@@ -109,7 +114,7 @@ def study(**changes: Any) -> config.Study:
 SECONDS = {"no_kd": 9.0, "maps_only": 15.0, "ranks": 11.0}  # of seed 0; the others: 10
 
 
-def methodwise(**changes: Any) -> config.Study:
+def methodwise(**changes: Any) -> Params:
     """The study of ``METHODWISE``; ``changes`` replace keys of the section ``study``."""
     content = study().model_dump()
     content["study"] |= {"tables": ["methods", "losses", "measures"], "headline": {"data": "digits", "recipes": ["weak"]}}
@@ -124,12 +129,12 @@ def methodwise(**changes: Any) -> config.Study:
     return config.parse(content)
 
 
-def descriptions(of: config.Study) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def descriptions(of: Params) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """run.json and metrics.json of every run, in the order of a study: the trials of a sweep come first."""
     for name, item in of.comparisons.items():
         if item.sweep is not None:
             for method, grid in item.sweep.grids.items():
-                for point in config.trials(grid):
+                for point in grid_points(grid):
                     top1 = 0.6 + 0.01 * sum(point[axis] == CHOSEN[method][axis] for axis in point)
                     variant = f"trial/{method}." + ".".join(f"{axis}_{value:g}" for axis, value in point.items())
                     yield _run(name, item, (method, variant), {**of.methods[method], **point}, 0) | {"trial": True}, _metrics({"val": top1})
@@ -144,7 +149,7 @@ def descriptions(of: config.Study) -> Iterator[tuple[dict[str, Any], dict[str, A
                 yield run, _metrics({"val": top1 - 0.01, "test": top1}, method)
 
 
-def _run(name: str, item: config.Comparison, who: tuple[str, str], parameters: dict[str, float], seed: int) -> dict[str, Any]:
+def _run(name: str, item: Comparison, who: tuple[str, str], parameters: dict[str, float], seed: int) -> dict[str, Any]:
     where = {"comparison": name, "data": item.data, "classes": 10, "fraction": item.fraction, "train_images": round(1000 * item.fraction)}
     how = {"teacher": item.teacher, "student": item.student, "recipe": item.recipe, "hard_loss": "ce", "method": who[0], "variant": who[1]}
     how |= {"looks_at": LOOKS_AT.get(who[0], "logits"), "relational": who[0] in ("dist", "ranks")}
@@ -168,10 +173,10 @@ def diverged(metrics: dict[str, Any]) -> dict[str, Any]:
     return kept | {"status": "diverged", "diverged_step": 17, "diverged_cause": "learning_rate 0.1 is too large, perhaps"}
 
 
-def write(root: Path, run: dict[str, Any], metrics: dict[str, Any]) -> results.Run:
+def write(root: Path, run: dict[str, Any], metrics: dict[str, Any]) -> planned.Run:
     """One run directory."""
     name = (run["comparison"], run["variant"], run["seed"])
-    folder = results.run_folder(root, name)
+    folder = planned.run_folder(root, name)
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(run))
     (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -182,26 +187,26 @@ def write(root: Path, run: dict[str, Any], metrics: dict[str, Any]) -> results.R
     return name
 
 
-def study_on_disk(root: Path, of: config.Study) -> list[results.Run]:
+def study_on_disk(root: Path, of: Params) -> list[planned.Run]:
     """Every run of a study; returns their names."""
     return [write(root, run, metrics) for run, metrics in descriptions(of)]
 
 
-def runs(root: Path, of: config.Study) -> pd.DataFrame:
+def runs(root: Path, of: Params) -> pd.DataFrame:
     """runs.csv's frame of a study written below ``root``."""
-    return results.collect(root, study_on_disk(root, of))
+    return collect.collect(root, study_on_disk(root, of))
 
 
 TEACHERS = pd.DataFrame({"teacher": ["big"], "test_top1": [0.9]})
 
 
-def numbers(root: Path, of: config.Study) -> tables.Numbers:
+def numbers(root: Path, of: Params) -> build.Numbers:
     """What tables and figures of a study are made of, written below ``root`` and read again; a teacher that was loaded has no curve."""
     study_on_disk(root, of)
     for name in of.teachers:
-        results.write_json(root / results.TEACHERS / name / "metrics.json", {"test_top1": 0.9})
-        (root / results.TEACHERS / name / "curve.csv").write_text("epoch,loss,val_top1\n1,2.0,\n2,1.0,0.8\n")
+        write_json(root / planned.TEACHERS / name / "metrics.json", {"test_top1": 0.9})
+        (root / planned.TEACHERS / name / "curve.csv").write_text("epoch,loss,val_top1\n1,2.0,\n2,1.0,0.8\n")
     published_here = root / published.FILE
     published_here.parent.mkdir(parents=True)
     published_here.write_bytes((Path(__file__).parents[1] / published.FILE).read_bytes())
-    return tables.read(root, of, of)
+    return build.read(root, of, of)

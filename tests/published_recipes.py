@@ -4,7 +4,7 @@ import csv
 import re
 from typing import Any
 
-from kdlib.config import RandAugmentParams, Recipe
+from kdlib.config.schema import RandAugmentParams, Recipe
 from tests import tiny
 
 IMAGES = {"imagenet": 1_281_167, "cifar100": 50_000}  # of the training split, all of which the paper trains on

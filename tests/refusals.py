@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kdlib.config import Refused
+from kdlib.errors import Refused
 
 FORM = re.compile(r"(params\.yaml: )?(?P<key>.+?): found (?P<found>.+?); allowed: (?P<allowed>.+); (?P<do>.+)")
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from ruamel.yaml import YAML
 
-from kdlib.detection import backbone, model
+from projects.detection import backbone, model
 
 CATEGORIES = {3: "rectangle", 7: "ellipse"}  # with gaps, as COCO's 80 have
 NET = "test_convnext"

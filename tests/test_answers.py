@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib import identity
-from kdlib.experiment import Experiment
+from kdlib.engine import teacher_cache as module
+from kdlib.engine import train
+from kdlib.engine.teacher_cache import KEPT, DifferentAnswers, TeacherCache, rounded
+from kdlib.engine.train import Setting
 from kdlib.losses import METHODS
-from kdlib.train import answers as module
-from kdlib.train import run
-from kdlib.train.answers import KEPT, Answers, DifferentAnswers, rounded
-from kdlib.train.run import Setting
-from kdlib.types import Output, Part
+from kdlib.study.training import identity
+from kdlib.study.training.experiment import Experiment
+from kdlib.types import Feature, Output
 from tests import training
 from tests.training import Numbers, method, setting, trained
 
@@ -30,15 +30,15 @@ SAMPLES = 2 * 2 + 1  # at most two of each epoch's file
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[Answers]:
-    """Every ``Answers`` that a training makes."""
-    made: list[Answers] = []
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[TeacherCache]:
+    """Every ``TeacherCache`` that a training makes."""
+    made: list[TeacherCache] = []
 
-    def note(*given: Any) -> Answers:
-        made.append(Answers(*given))
+    def note(*given: Any) -> TeacherCache:
+        made.append(TeacherCache(*given))
         return made[-1]
 
-    monkeypatch.setattr(run, "Answers", note)
+    monkeypatch.setattr(train, "TeacherCache", note)
     return made
 
 
@@ -51,7 +51,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Numbers:
     return trained(setting(), SOME, tmp_path_factory.mktemp("live"))
 
 
-def test_cached_is_live(tmp_path: Path, live: Numbers, passes: list[Answers]) -> None:
+def test_cached_is_live(tmp_path: Path, live: Numbers, passes: list[TeacherCache]) -> None:
     first = trained(keeping(tmp_path / "answers"), SOME, tmp_path / "first")
     again = trained(keeping(tmp_path / "answers"), SOME, tmp_path / "again")
     assert first == again == live
@@ -60,14 +60,14 @@ def test_cached_is_live(tmp_path: Path, live: Numbers, passes: list[Answers]) ->
 
 
 @pytest.mark.parametrize("name", TAUGHT)
-def test_another_method_needs_no_teacher(tmp_path: Path, passes: list[Answers], name: str) -> None:
+def test_another_method_needs_no_teacher(tmp_path: Path, passes: list[TeacherCache], name: str) -> None:
     alone = trained(setting(), {name: method(name)}, tmp_path / "alone")
     trained(keeping(tmp_path / "answers"), SOME, tmp_path / "first")
     assert trained(keeping(tmp_path / "answers"), {name: method(name)}, tmp_path / "second") == alone
     assert passes[-1].passes <= SAMPLES
 
 
-def test_embeddings_that_nobody_asked_for_yet_are_added(tmp_path: Path, live: Numbers, passes: list[Answers]) -> None:
+def test_embeddings_that_nobody_asked_for_yet_are_added(tmp_path: Path, live: Numbers, passes: list[TeacherCache]) -> None:
     trained(keeping(tmp_path / "answers"), {"kd": SOME["kd"]}, tmp_path / "first")
     assert not list((tmp_path / "answers").glob("embedding*"))
     for _ in range(2):
@@ -76,13 +76,13 @@ def test_embeddings_that_nobody_asked_for_yet_are_added(tmp_path: Path, live: Nu
     assert [made.passes for made in passes[1:]] == [LIVE, pytest.approx(4, abs=1)]
 
 
-def test_maps_are_asked_live_and_their_logits_kept(tmp_path: Path, live: Numbers, passes: list[Answers]) -> None:
+def test_maps_are_asked_live_and_their_logits_kept(tmp_path: Path, live: Numbers, passes: list[TeacherCache]) -> None:
     trained(keeping(tmp_path / "answers"), {"fitnet": method("fitnet")}, tmp_path / "maps")
     assert trained(keeping(tmp_path / "answers"), {"kd": SOME["kd"]}, tmp_path / "kd")["kd"] == live["kd"]
     assert passes[1].passes <= SAMPLES
 
 
-def test_a_study_with_another_parameter_needs_no_teacher(tmp_path: Path, passes: list[Answers]) -> None:
+def test_a_study_with_another_parameter_needs_no_teacher(tmp_path: Path, passes: list[TeacherCache]) -> None:
     content = training.content(methods=["kd", "dkd"])
     root = training.fresh(tmp_path, content)
     Experiment(root).distill(training.COMPARISON)
@@ -126,15 +126,15 @@ def test_rounding() -> None:
     assert rounded(Output(logits.double())).logits.dtype == torch.float64
 
 
-def test_the_size_that_is_announced(tmp_path: Path, passes: list[Answers], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_size_that_is_announced(tmp_path: Path, passes: list[TeacherCache], capsys: pytest.CaptureFixture[str]) -> None:
     trained(keeping(tmp_path / "answers"), SOME, tmp_path / "runs")
     size = sum(file.stat().st_size for file in (tmp_path / "answers").iterdir())
-    assert passes[0].bytes(GROUPS, frozenset({Part.LOGITS, Part.EMBEDDING})) == size
+    assert passes[0].bytes(GROUPS, frozenset({Feature.LOGITS, Feature.EMBEDDING})) == size
     assert f"the teacher's answers, {size / 1e9:.3g} GB, are kept in {tmp_path / 'answers'}" in capsys.readouterr().out
 
 
 def test_beyond_the_budget_the_teacher_stays_live(
-    tmp_path: Path, live: Numbers, passes: list[Answers], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, live: Numbers, passes: list[TeacherCache], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for _ in range(2):
         assert trained(keeping(tmp_path / "answers", gigabytes=1e-9), SOME, tmp_path / f"run {len(passes)}") == live
@@ -165,7 +165,7 @@ def lengthen(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, flip, zeros, lengthen, Path.unlink])
-def test_damage_is_mended(tmp_path: Path, live: Numbers, passes: list[Answers], damage: Callable[[Path], None]) -> None:
+def test_damage_is_mended(tmp_path: Path, live: Numbers, passes: list[TeacherCache], damage: Callable[[Path], None]) -> None:
     folder = tmp_path / "answers"
     trained(keeping(folder), SOME, tmp_path / "first")
     whole = {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kdlib import experiment
-from kdlib.checks import check_against_data
-from kdlib.experiment import Diverged, Experiment
+from kdlib.engine import checkpoint
 from kdlib.losses import METHODS
-from kdlib.models import build
-from kdlib.train import checkpoint
+from kdlib.models.build import build
+from kdlib.study.training import experiment
+from kdlib.study.training.checks import check_against_data
+from kdlib.study.training.experiment import Diverged, Experiment
 from tests import tiny, training
 from tests.refusals import change, refused, untouched
 
@@ -36,7 +36,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("training was started")
 
     monkeypatch.setattr(experiment, "train", started)
-    monkeypatch.setattr("kdlib.train.run.Fit", started)
+    monkeypatch.setattr("kdlib.engine.train.Fit", started)
 
 
 @pytest.fixture
@@ -490,7 +490,7 @@ def test_a_gpu_too_small_is_one_line_that_names_the_group(tmp_path: Path, stage:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr("kdlib.train.learner.Learner.take", full)
+    monkeypatch.setattr("kdlib.engine.learner.Learner.take", full)
     arguments = {"make_teacher": ("small",), "distill": (training.COMPARISON,), "try_method": (training.COMPARISON, "kd", 3)}
     with refused(f"recipes.{recipe}.group_size", f"'{group} images", "CUDA out of memory.", "`python -m kdlib.study plan`"):
         getattr(study, stage)(*arguments[stage])
@@ -528,9 +528,9 @@ def test_a_stage_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
     shutil.copytree(tiny.ROOT / "notebooks", root / "build" / "nb")
     (root / "kdlib").symlink_to(tiny.ROOT / "kdlib")
     with untouched(root):
-        assert one_line(command(root, "kdlib.notebook", "run", "data@pet")).endswith("did you mean 'pets'?")
-        assert one_line(command(root, "kdlib.notebook", "run", "date@pets")).startswith("dvc.yaml: found no stage 'date'")
-    line = one_line(command(root, "kdlib.notebook", "run", "data@pets"))
+        assert one_line(command(root, "kdlib.study.cli.notebook", "run", "data@pet")).endswith("did you mean 'pets'?")
+        assert one_line(command(root, "kdlib.study.cli.notebook", "run", "date@pets")).startswith("dvc.yaml: found no stage 'date'")
+    line = one_line(command(root, "kdlib.study.cli.notebook", "run", "data@pets"))
     assert line == f"params.yaml: data.pets.path: found '{root / 'pets'}'; allowed: a folder that exists; correct the path"
     assert not (root / "runs").exists()
     assert [path.name for path in (root / ".state" / "live").iterdir()] == ["data.pets.ipynb"]  # as far as it came

@@ -14,27 +14,28 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kdlib.config import ComputeParams, Refused
-from kdlib.data.stream import ViewStream
+from kdlib.config.schema import ComputeParams
+from kdlib.engine import backend as module
+from kdlib.engine import compile, train
+from kdlib.engine.backend import Backend, choose, fastest_teacher
+from kdlib.engine.compile import in_turn, quickest
+from kdlib.engine.learner import Learner
+from kdlib.engine.prefetch import prefetch
+from kdlib.engine.teacher import Teacher
+from kdlib.engine.teacher_cache import TeacherCache, rounded
+from kdlib.engine.threads import threads
+from kdlib.errors import Refused
 from kdlib.losses import METHODS
-from kdlib.models import build
+from kdlib.models.build import build
 from kdlib.seed import seed_torch
-from kdlib.train import compiling, run
-from kdlib.train import compute as module
-from kdlib.train.ahead import in_time
-from kdlib.train.answers import Answers, rounded
-from kdlib.train.compiling import in_turn, quickest
-from kdlib.train.compute import Compute, answering, choose
-from kdlib.train.learner import Learner
-from kdlib.train.teacher import Teacher
-from kdlib.train.threads import threads
-from kdlib.types import Part
+from kdlib.types import Feature
+from kdlib.views.stream import ViewStream
 from tests import training
 from tests.training import method, setting, trained
 
 CUDA = torch.device("cuda")
 RECIPE = training.recipe()
-LOGITS = frozenset({Part.LOGITS})
+LOGITS = frozenset({Feature.LOGITS})
 SOME = {name: method(name) for name in ("kd", "rkd")}
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -44,9 +45,9 @@ def params(**changes: object) -> ComputeParams:
 
 
 def test_a_cpu_computes_plainly() -> None:
-    assert choose(params(), training.CPU, RECIPE, 10**6, 10) == Compute(training.CPU, bf16=False, kinds=(False,), resident=False)
+    assert choose(params(), training.CPU, RECIPE, 10**6, 10) == Backend(training.CPU, bf16=False, kinds=(False,), resident=False)
     forced = choose(params(compile=True, resident=True, precision="fp32"), training.CPU, RECIPE, 1, 10)
-    assert forced == Compute(training.CPU, bf16=False, kinds=(True,), resident=True)
+    assert forced == Backend(training.CPU, bf16=False, kinds=(True,), resident=True)
     with pytest.raises(
         Refused, match=r"study.compute.compile: found 'graphs'; allowed: auto, true or false, but for one process with a GPU"
     ):
@@ -66,13 +67,13 @@ def test_half_of_the_threads_work_ahead(count: int, ahead: int) -> None:
 @pytest.mark.parametrize("count", [0, 1])
 def test_what_is_made_ahead_comes_in_order(count: int) -> None:
     asked: list[int] = []
-    given = in_time(lambda place: -place, (asked.append(place) or place for place in range(5)), count, training.CPU)  # type: ignore[func-returns-value]
+    given = prefetch(lambda place: -place, (asked.append(place) or place for place in range(5)), count, training.CPU)  # type: ignore[func-returns-value]
     assert next(given) == (0, 0)
     assert len(asked) == 1 + count
     assert list(given) == [(1, -1), (2, -2), (3, -3), (4, -4)]
-    assert list(in_time(lambda place: place, [], count, training.CPU)) == []
+    assert list(prefetch(lambda place: place, [], count, training.CPU)) == []
     with pytest.raises(ZeroDivisionError):
-        list(in_time(lambda place: 1 // place, [1, 0], count, training.CPU))
+        list(prefetch(lambda place: 1 // place, [1, 0], count, training.CPU))
 
 
 def test_training_with_work_ahead_is_the_same(tmp_path: Path) -> None:
@@ -126,9 +127,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
         recordings.append(replay)
         return replay, said
 
-    monkeypatch.setattr(compiling, "recording", recording)
+    monkeypatch.setattr(compile, "recording", recording)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-    monkeypatch.setattr(compiling, "warm_up", lambda do: [do() for _ in range(3)])
+    monkeypatch.setattr(compile, "warm_up", lambda do: [do() for _ in range(3)])
     return recordings
 
 
@@ -140,15 +141,15 @@ def test_a_replayed_training_is_the_same(
     methods = {name: method(name) for name in ("kd", "crd", "rkd", "no_kd")}
     unmixed = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}
     plain = trained(setting(**unmixed, **changes), methods, tmp_path / "plain")
-    monkeypatch.setattr(run, "choose", lambda *_: Compute(training.CPU, kinds=("graphs",)))
-    monkeypatch.setattr(run, "answering", lambda teacher, *_: teacher)
+    monkeypatch.setattr(train, "choose", lambda *_: Backend(training.CPU, kinds=("graphs",)))
+    monkeypatch.setattr(train, "answering", lambda teacher, *_: teacher)
     graphs = trained(setting(**unmixed, **changes), methods, tmp_path / "graphs")
     assert len(recorded) == len(methods)
     assert graphs == plain
 
 
 def test_a_replayed_teacher_says_the_same(recorded: list[Callable[[], object]]) -> None:
-    plain, every = training.teacher(), frozenset(Part)
+    plain, every = training.teacher(), frozenset(Feature)
     graph = plain.compiled("graphs")
     first, second = torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8)
     said = [graph(first), graph(second), graph(first, every), graph(second[:2])]
@@ -161,11 +162,11 @@ def test_a_replayed_teacher_says_the_same(recorded: list[Callable[[], object]]) 
 def test_a_gpu_gets_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 2000))
-    assert choose(params(), CUDA, RECIPE, 10**6, 500) == Compute(CUDA, bf16=True, kinds=(False, True, "graphs"), resident=True)
-    assert choose(params(), CUDA, RECIPE, 10, 501) == Compute(CUDA, bf16=True, kinds=(False,), resident=False)
+    assert choose(params(), CUDA, RECIPE, 10**6, 500) == Backend(CUDA, bf16=True, kinds=(False, True, "graphs"), resident=True)
+    assert choose(params(), CUDA, RECIPE, 10, 501) == Backend(CUDA, bf16=True, kinds=(False,), resident=False)
     assert choose(params(compile="graphs"), CUDA, RECIPE, 10, 501).kinds == ("graphs",)
     off = choose(params(precision="fp32", compile=False, resident=False), CUDA, RECIPE, 10**6, 500)
-    assert off == Compute(CUDA)
+    assert off == Backend(CUDA)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     assert not choose(params(), CUDA, RECIPE, 10, 10).bf16
 
@@ -192,20 +193,20 @@ def test_in_turn_takes_the_least_after_a_warm_up(monkeypatch: pytest.MonkeyPatch
         nonlocal now
         now += next(costs)
 
-    monkeypatch.setattr(compiling.time, "perf_counter", clock)
+    monkeypatch.setattr(compile.time, "perf_counter", clock)
     assert in_turn([work, work], rounds=3) == [4, 7]
 
 
 @pytest.mark.parametrize(("net", "how"), [(training.NET, "autocast"), ("test_vit", "weights")])
 def test_a_teacher_answers_in_bf16(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], net: str, how: str) -> None:
     """One without BatchNorm with weights in it; any one only if its answers stay what they are; and the teacher itself does not change."""
-    images, bf16 = torch.rand(16, 3, 32, 32), Compute(training.CPU, bf16=True)
+    images, bf16 = torch.rand(16, 3, 32, 32), Backend(training.CPU, bf16=True)
     seed_torch(0, "net")
     teacher = Teacher(build(net, 6, 3, 32))
-    every = frozenset(Part)
+    every = frozenset(Feature)
     exact = teacher(images, every)
-    assert answering(teacher, Compute(training.CPU), images, LOGITS) is teacher
-    found = answering(teacher, bf16, images, LOGITS)
+    assert fastest_teacher(teacher, Backend(training.CPU), images, LOGITS) is teacher
+    found = fastest_teacher(teacher, bf16, images, LOGITS)
     assert found.bf16 == how
     said = found(images, every)
     assert said.logits.dtype == said.maps[0].dtype == torch.bfloat16
@@ -214,7 +215,7 @@ def test_a_teacher_answers_in_bf16(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert rounded(said).logits.dtype == torch.float32
     assert torch.equal(teacher(images).logits, exact.logits)
     monkeypatch.setattr(module, "TEACHER_GAP", 0.0)
-    assert answering(teacher, bf16, images, LOGITS) is teacher
+    assert fastest_teacher(teacher, bf16, images, LOGITS) is teacher
     assert "the teacher answers in fp32: in bf16 its logits differ by" in capsys.readouterr().out
 
 
@@ -231,8 +232,8 @@ def test_a_student_is_compiled_where_it_gets_quicker(
     plain = trained(setting(drop_path=0.3), SOME, tmp_path / "plain")
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda together, **_: compiled.append(together) or together)
-    monkeypatch.setattr(run, "choose", lambda *_: Compute(training.CPU, kinds=(False, True)))
-    monkeypatch.setattr(compiling, "in_turn", timed)
+    monkeypatch.setattr(train, "choose", lambda *_: Backend(training.CPU, kinds=(False, True)))
+    monkeypatch.setattr(compile, "in_turn", timed)
     assert trained(setting(drop_path=0.3), SOME, tmp_path / "measured") == plain
     assert len(compiled) == 1 + (2 if quicker else 1) * len(SOME)  # the teacher on a copy that stays, students on copies that do not
     printed = capsys.readouterr().out
@@ -249,7 +250,7 @@ def test_graphs_are_tried_where_steps_are_short(monkeypatch: pytest.MonkeyPatch,
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     times = {bool: 0.03, int: 0.019, float: 0.01}
-    monkeypatch.setattr(compiling, "in_turn", lambda steps, _: [times[step] for step in steps])
+    monkeypatch.setattr(compile, "in_turn", lambda steps, _: [times[step] for step in steps])
     assert quickest("a", {False: bool, True: bool, "graphs": fail}) is False
     assert quickest("b", {False: bool, True: int, "graphs": float}) == "graphs"
     assert quickest("c", {"graphs": fail}) == "graphs"  # there is nothing to choose from
@@ -315,9 +316,9 @@ def test_no_step_waits_for_the_device(tmp_path: Path, name: str) -> None:
         stream = ViewStream(held, split.labels, among.index, classes=6, recipe=among.recipe, hflip=0.5, seed=0, device=CUDA)
         teacher, student, made = training.teacher().to(CUDA), build(training.NET, 6, 1, 8, 0.3).to(CUDA), method(name)()
         made.adapt(student.shape, teacher.shape, torch.from_numpy(split.labels[among.index].astype("int64")))
-        compute = Compute(CUDA, bf16=True)
+        compute = Backend(CUDA, bf16=True)
         learner = Learner(name, student, made.to(CUDA), among.recipe, total_steps=20, seed=0, compute=compute)
-        answers = Answers(teacher.in_bf16(), kept, 16, 6, tolerance=1.0)
+        answers = TeacherCache(teacher.in_bf16(), kept, 16, 6, tolerance=1.0)
         for step in range(6):
             with warnings.catch_warnings(action="ignore"):  # torch's: that this mode does not see everything yet
                 torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from kdlib import config, plan
-from kdlib.config import Refused
-from kdlib.schema import PARTS, SOURCES
+from kdlib import config
+from kdlib.config.references import grid_points
+from kdlib.config.schema import SECTIONS, SOURCES
+from kdlib.errors import Refused
+from kdlib.study.training import planned
 from tests import tiny
 from tests.refusals import change, refused
 
@@ -211,12 +213,12 @@ def test_a_leaf_of_another_type_is_refused_by_its_key(key: str, data: st.DataObj
         config.parse(change(full(), key, value))
 
 
-SECTIONS = [key for key, value in PLACES.items() if isinstance(value, dict | list)]
+NESTED = [key for key, value in PLACES.items() if isinstance(value, dict | list)]
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [(key, value) for key in SECTIONS for value in (None, 5, "text", True) if (key, value) != ("comparisons.tuned.sweep", None)],
+    [(key, value) for key in NESTED for value in (None, 5, "text", True) if (key, value) != ("comparisons.tuned.sweep", None)],
 )
 def test_a_section_or_list_that_is_something_else_is_refused_by_its_key(key: str, value: object) -> None:
     with refused(key, "allowed: a list" if isinstance(PLACES[key], list) else "allowed: keys with their values"):
@@ -242,7 +244,7 @@ def test_every_part_of_the_form_was_tried() -> None:
         ".".join(step for i, step in enumerate(place.split(".")) if i != 1 or place.split(".")[0] not in chosen) for place in PART_PLACES
     }
     tried = {place.replace(".published.small_weak", ".published").replace(".rows.0", ".rows") for place in tried}
-    assert tried - {"data"} == set(PARTS)
+    assert tried - {"data"} == set(SECTIONS)
     assert {part(full(), place)["source"] for place in PART_PLACES if place.startswith("data.")} == set(SOURCES)
 
 
@@ -458,20 +460,20 @@ def test_a_teacher_of_another_data_set_is_refused() -> None:
 
 
 def test_trials_are_every_point_in_the_order_of_the_file() -> None:
-    assert config.trials({"b": [2.0, 1.0], "a": [5.0, 4.0]}) == [
+    assert grid_points({"b": [2.0, 1.0], "a": [5.0, 4.0]}) == [
         {"b": 2.0, "a": 5.0},
         {"b": 2.0, "a": 4.0},
         {"b": 1.0, "a": 5.0},
         {"b": 1.0, "a": 4.0},
     ]
-    assert config.trials({}) == [{}]
-    assert config.trials({"a": [1.0], "b": []}) == []
+    assert grid_points({}) == [{}]
+    assert grid_points({"a": [1.0], "b": []}) == []
 
 
 def test_a_trial_takes_what_its_grid_does_not_name_from_methods() -> None:
     content = change(full(), "methods.dkd.alpha", 0.5)
     study = config.parse(change(content, "comparisons.tuned.sweep.grids.dkd", {"beta": [0.25, 1e-7]}))
-    trials = plan.trials_of(study.comparisons["tuned"], study)
+    trials = planned.trials_of(study.comparisons["tuned"], study)
     assert [trial.name for trial in trials] == [
         "trial/kd.temperature_1",
         "trial/kd.temperature_2",
@@ -479,8 +481,8 @@ def test_a_trial_takes_what_its_grid_does_not_name_from_methods() -> None:
         "trial/dkd.beta_1e-07",
     ]
     own = {"hard_weight": 1.0, "weight": 1.0, "warmup": 0.0, "alpha": 0.5, "beta": 0.25, "temperature": 1.0}
-    assert trials[2] == plan.Variant("trial/dkd.beta_0.25", "dkd", own, trial=True)
-    assert plan.trials_of(study.comparisons["small_weak"], study) == []
+    assert trials[2] == planned.Variant("trial/dkd.beta_0.25", "dkd", own, trial=True)
+    assert planned.trials_of(study.comparisons["small_weak"], study) == []
 
 
 def test_the_runs_of_the_tiny_study_by_hand() -> None:
@@ -489,7 +491,7 @@ def test_the_runs_of_the_tiny_study_by_hand() -> None:
     large = [("large_strong", method, seed) for method in ("kd", "dkd") for seed in (0, 1)]
     tuned = [("tuned", f"trial/{trial}", 7) for trial in ("kd.temperature_1", "kd.temperature_2", "dkd.beta_1", "dkd.beta_2")]
     tuned += [("tuned", f"{method}_tuned", seed) for method in ("kd", "dkd") for seed in (0, 1)]
-    assert plan.expected(study) == small + large + tuned
+    assert planned.expected(study) == small + large + tuned
 
 
 VALUES = st.lists(st.floats(0, 1e12) | st.floats(1, 1.0001), min_size=2, max_size=2, unique=True)
@@ -501,10 +503,10 @@ def test_no_two_runs_of_a_study_share_a_name(temperature: list[float], weight: l
     content["comparisons"]["both"] = content["comparisons"]["tuned"] | {"methods": ["kd", "dkd", "no_kd"]}
     grids = {"kd": {"temperature": temperature, "weight": weight}, "dkd": {"beta": beta, "weight": weight}}
     content["comparisons"]["both"]["sweep"] = {"seed": 0, "grids": grids}
-    names = plan.expected(config.parse(content))
+    names = planned.expected(config.parse(content))
     assert len({(comparison, variant.lower(), seed) for comparison, variant, seed in names}) == len(names)
     assert {(name, *run[1:]) for name in ("both",) for run in names if run[0] == name} == set(
-        plan.expected_runs(config.parse(content), "both")
+        planned.expected_runs(config.parse(content), "both")
     )
 
 
@@ -512,7 +514,7 @@ def test_no_two_runs_of_a_study_share_a_name(temperature: list[float], weight: l
 def test_a_name_tells_values_apart_that_differ_in_the_last_bit(a: float, b: float) -> None:
     assume(a != b)
     study = config.parse(change(tiny.content(), "comparisons.tuned.sweep.grids", {"kd": {"weight": [a, b]}}))
-    first, second = plan.trials_of(study.comparisons["tuned"], study)
+    first, second = planned.trials_of(study.comparisons["tuned"], study)
     assert [float(trial.name.rpartition("weight_")[2]) for trial in (first, second)] == [a, b]
 
 

@@ -10,15 +10,16 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
-from kdlib import results
-from kdlib.types import Part
+from kdlib.files import read_json
+from kdlib.study.training import planned
+from kdlib.types import Feature
 from tests import project, tiny
 
 TEXT = (tiny.ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## A new method")[2].partition("\n## ")[0]
 NAME = "pooled"
 TRAIN = f"""
 from pathlib import Path
-from kdlib.experiment import Experiment
+from kdlib.study.training.experiment import Experiment
 from tests import tiny
 content = tiny.content()
 content["study"] |= {{"seeds": [0], "challengers": ["{NAME}"]}}
@@ -99,13 +100,13 @@ def test_the_commands_of_the_text_end_well(root: Path) -> None:
 
 def test_a_student_learns_by_it(root: Path) -> None:
     project.run(root, "python", "-c", TRAIN)
-    run = results.run_folder(root / "study", ("only", NAME, 0))
-    assert results.read_json(run / "metrics.json")["status"] == "finished"
+    run = planned.run_folder(root / "study", ("only", NAME, 0))
+    assert read_json(run / "metrics.json")["status"] == "finished"
     curve = pd.read_csv(run / "curve.csv")
     assert {"loss_hard", "loss_direction", "loss_squares"} <= set(curve)
     assert curve["loss_direction"].iloc[-1] < curve["loss_direction"].iloc[0]
     weights = load_file(run / "weights.safetensors")
-    beside = load_file(results.run_folder(root / "study", ("only", "kd", 0)) / "weights.safetensors")
+    beside = load_file(planned.run_folder(root / "study", ("only", "kd", 0)) / "weights.safetensors")
     assert weights.keys() == beside.keys()
 
 
@@ -124,4 +125,4 @@ def test_the_tools_find_nothing_in_it(root: Path) -> None:
 
 
 def test_every_part_that_can_be_asked_for_is_explained() -> None:
-    assert set(re.findall(r"Part\.([A-Z]+)", TEXT)) == {part.name for part in Part} - {"LOGITS"}
+    assert set(re.findall(r"Part\.([A-Z]+)", TEXT)) == {part.name for part in Feature} - {"LOGITS"}

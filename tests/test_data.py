@@ -18,11 +18,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR100
 
-from kdlib import config, data
-from kdlib.data import splits
+from kdlib.config.schema import Cifar100, DataSource, Digits, Folder, Imagenet
+from kdlib.data import dataset, sources
+from kdlib.data.splits import stratified_split, subset
+from kdlib.errors import Refused
 from tests import cifar_pickles
 
-DIGITS = config.Digits(source="digits", val_fraction=0.2, test_fraction=0.3, seed=0, hflip=0.0)
+DIGITS = Digits(source="digits", val_fraction=0.2, test_fraction=0.3, seed=0, hflip=0.0)
 PARTS = ("train", "val", "test")
 
 
@@ -42,20 +44,20 @@ def write_tree(root: Path, classes: list[str], count: int) -> None:
             Image.fromarray(picture(label, number)).save(root / name / f"{number:02d}.png")
 
 
-def folder(path: Path, **change: object) -> config.Folder:
+def folder(path: Path, **change: object) -> Folder:
     params = {"source": "folder", "path": str(path), "size": 8, "val_fraction": 0.25, "test_fraction": 0.25, "seed": 0, "hflip": 0.5}
-    return config.Folder.model_validate(params | change)
+    return Folder.model_validate(params | change)
 
 
-def imagenet(path: Path) -> config.Imagenet:
-    return config.Imagenet(source="imagenet", path=str(path), size=8, val_fraction=0.25, seed=0, hflip=0.5)
+def imagenet(path: Path) -> Imagenet:
+    return Imagenet(source="imagenet", path=str(path), size=8, val_fraction=0.25, seed=0, hflip=0.5)
 
 
-def cifar(path: Path) -> config.Cifar100:
-    return config.Cifar100(source="cifar100", path=str(path), download=False, val_fraction=0.25, seed=0, hflip=0.5)
+def cifar(path: Path) -> Cifar100:
+    return Cifar100(source="cifar100", path=str(path), download=False, val_fraction=0.25, seed=0, hflip=0.5)
 
 
-def pairs(split: splits.Split) -> list[tuple[int, int]]:
+def pairs(split: dataset.Split) -> list[tuple[int, int]]:
     """(label, number) of each image, after checking that its pixels are exactly those of ``picture``."""
     out = []
     for image, label in zip(split.images, split.labels.tolist(), strict=True):
@@ -65,10 +67,10 @@ def pairs(split: splits.Split) -> list[tuple[int, int]]:
     return out
 
 
-def refused(name: str, params: config.DataSource, out: Path) -> str:
+def refused(name: str, params: DataSource, out: Path) -> str:
     """The one line of the refusal, after checking that nothing was left behind."""
-    with pytest.raises(config.Refused) as caught:
-        data.prepare(name, params, out / name, progress=False)
+    with pytest.raises(Refused) as caught:
+        sources.prepare(name, params, out / name, progress=False)
     assert not any(path.is_file() and path.suffix != ".lock" for path in out.rglob("*")) and not (out / name).exists()
     line = str(caught.value)
     assert "\n" not in line and line.startswith(f"params.yaml: data.{name}")
@@ -79,7 +81,7 @@ def refused(name: str, params: config.DataSource, out: Path) -> str:
 
 
 def test_digits_hold_every_image_once_by_the_documented_grey_rule(tmp_path: Path) -> None:
-    made = data.prepare("digits", DIGITS, tmp_path / "digits", progress=False)
+    made = sources.prepare("digits", DIGITS, tmp_path / "digits", progress=False)
     raw = load_digits()
     expected = sorted(
         (label, bytes(int(np.floor(v * 255 / 16 + 0.5)) for v in image.ravel()))
@@ -101,14 +103,14 @@ def test_folder_holds_every_pixel_at_native_size_and_ignores_what_is_no_image(tm
     (tmp_path / "in" / "class9" / "notes.txt").write_text("not an image")
     (tmp_path / "in" / "LICENSE").write_text("not an image")
     (tmp_path / "in" / ".hidden").mkdir()
-    made = data.prepare("pets", folder(tmp_path / "in"), tmp_path / "out", progress=False)
+    made = sources.prepare("pets", folder(tmp_path / "in"), tmp_path / "out", progress=False)
     assert made.class_names == ["Ape", "ape", "class9", "class10"]  # natural order, and the same on every file system
     numbering = {0: 2, 1: 3, 2: 1, 3: 0}  # from these classes to the order in which write_tree wrote them
     seen = []
     for part, count in zip(PARTS, (4, 2, 2), strict=True):
         split = getattr(made, part)
         assert np.bincount(split.labels).tolist() == [count] * 4
-        written = splits.Split(split.images, np.array([numbering[label] for label in split.labels.tolist()]))
+        written = dataset.Split(split.images, np.array([numbering[label] for label in split.labels.tolist()]))
         seen += pairs(written)
     assert sorted(seen) == [(label, number) for label in range(4) for number in range(8)]
 
@@ -120,7 +122,7 @@ def test_folder_cuts_the_centre_out_and_resizes_the_short_side(tmp_path: Path) -
             wide = np.zeros((8, 14, 3), np.uint8)
             wide[:, 3:11] = picture(0, int(file.stem))
             Image.fromarray(wide if name == "a" else wide.repeat(5, 0).repeat(5, 1)).save(file)
-    made = data.prepare("pets", folder(tmp_path / "in"), tmp_path / "out", progress=False)
+    made = sources.prepare("pets", folder(tmp_path / "in"), tmp_path / "out", progress=False)
     by_class = [
         np.stack([image for part in PARTS for image in getattr(made, part).images[getattr(made, part).labels == label]]) for label in (0, 1)
     ]
@@ -138,7 +140,7 @@ def test_folder_reads_grey_and_palette_and_jpeg_as_rgb(tmp_path: Path) -> None:
         grey.save(tmp_path / "in" / name / "grey.png")
         grey.convert("P").save(tmp_path / "in" / name / "palette.png")
         grey.save(tmp_path / "in" / name / "photo.JPEG", quality=95)
-    made = data.prepare("pets", folder(tmp_path / "in"), tmp_path / "out", progress=False)
+    made = sources.prepare("pets", folder(tmp_path / "in"), tmp_path / "out", progress=False)
     for part in PARTS:
         assert (np.abs(getattr(made, part).images.astype(int) - 77) <= 1).all()
 
@@ -147,7 +149,7 @@ def test_imagenet_keeps_the_official_validation_split_for_the_test(tmp_path: Pat
     names = ["n01440764", "n01443537", "n02084071"]
     write_tree(tmp_path / "in" / "train", names, 8)
     write_tree(tmp_path / "in" / "val", names, 3)
-    made = data.prepare("imagenet", imagenet(tmp_path / "in"), tmp_path / "out", progress=False)
+    made = sources.prepare("imagenet", imagenet(tmp_path / "in"), tmp_path / "out", progress=False)
     assert made.class_names == names
     assert pairs(made.test) == [(label, number) for label in range(3) for number in range(3)]
     assert sorted(pairs(made.train) + pairs(made.val)) == [(label, number) for label in range(3) for number in range(8)]
@@ -165,7 +167,7 @@ def pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_cifar100_reads_its_pickles(pickles: Path, tmp_path: Path) -> None:
-    made = data.prepare("cifar100", cifar(pickles), tmp_path / "out", progress=False)
+    made = sources.prepare("cifar100", cifar(pickles), tmp_path / "out", progress=False)
     assert (made.class_names, made.size, made.channels) == (["apple", "bear", "cup"], 32, 3)
     found = {}
     for part in PARTS:
@@ -183,7 +185,7 @@ def test_cifar100_reads_its_pickles(pickles: Path, tmp_path: Path) -> None:
 
 def test_facts_are_those_of_the_training_split(tmp_path: Path) -> None:
     write_tree(tmp_path / "in", ["a", "b", "c"], 8)
-    made = data.prepare("pets", folder(tmp_path / "in"), tmp_path / "out", progress=False)
+    made = sources.prepare("pets", folder(tmp_path / "in"), tmp_path / "out", progress=False)
     values = made.train.images.astype(np.float64) / 255
     np.testing.assert_allclose(made.mean, values.mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(made.std, values.std((0, 1, 2)), rtol=1e-12)
@@ -196,10 +198,10 @@ def test_facts_are_those_of_the_training_split(tmp_path: Path) -> None:
 
 def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tree(tmp_path / "in", ["a", "b", "c"], 8)
-    whole = data.prepare("pets", folder(tmp_path / "in"), tmp_path / "whole", progress=False)
-    monkeypatch.setattr("kdlib.data.files.BLOCK", 1)
+    whole = sources.prepare("pets", folder(tmp_path / "in"), tmp_path / "whole", progress=False)
+    monkeypatch.setattr("kdlib.data.sources.class_folders.BLOCK", 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
-    parts = data.prepare("pets", folder(tmp_path / "in"), tmp_path / "parts", progress=False)
+    parts = sources.prepare("pets", folder(tmp_path / "in"), tmp_path / "parts", progress=False)
     assert whole.fingerprint == parts.fingerprint
     np.testing.assert_array_equal(whole.train.images, parts.train.images)
 
@@ -207,19 +209,21 @@ def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_fingerprint_knows_content_and_not_place(tmp_path: Path) -> None:
     write_tree(tmp_path / "in", ["a", "b"], 8)
     shutil.copytree(tmp_path / "in", tmp_path / "copy")
-    base = data.prepare("x", folder(tmp_path / "in"), tmp_path / "1", progress=False).fingerprint
-    assert data.prepare("y", folder(tmp_path / "copy"), tmp_path / "2", progress=False).fingerprint == base
+    base = sources.prepare("x", folder(tmp_path / "in"), tmp_path / "1", progress=False).fingerprint
+    assert sources.prepare("y", folder(tmp_path / "copy"), tmp_path / "2", progress=False).fingerprint == base
     for change in ({"seed": 1}, {"hflip": 0.0}, {"size": 9}, {"val_fraction": 0.4}):
-        assert data.prepare("x", folder(tmp_path / "in", **change), tmp_path / "3", progress=False).fingerprint != base
+        assert sources.prepare("x", folder(tmp_path / "in", **change), tmp_path / "3", progress=False).fingerprint != base
     Image.fromarray(picture(1, 9)).save(tmp_path / "copy" / "b" / "00.png")
-    assert data.prepare("x", folder(tmp_path / "copy"), tmp_path / "4", progress=False).fingerprint != base
+    assert sources.prepare("x", folder(tmp_path / "copy"), tmp_path / "4", progress=False).fingerprint != base
 
 
 def test_the_fingerprint_knows_the_labels(tmp_path: Path) -> None:
     made = []
     for labels in (np.array([0, 1]), np.array([1, 0])):
-        content = splits.Content(["a", "b"], 8, 3, dict.fromkeys(PARTS, labels), lambda _: iter([np.stack([picture(0, 0), picture(0, 1)])]))
-        made.append(splits.write(tmp_path / "x", "x", DIGITS, content, progress=False).fingerprint)
+        content = dataset.Content(
+            ["a", "b"], 8, 3, dict.fromkeys(PARTS, labels), lambda _: iter([np.stack([picture(0, 0), picture(0, 1)])])
+        )
+        made.append(dataset.write(tmp_path / "x", "x", DIGITS, content, progress=False).fingerprint)
     assert made[0] != made[1]
 
 
@@ -228,21 +232,21 @@ def test_a_relative_path_starts_at_params_yaml(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "params.yaml").touch()
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
-    assert data.prepare("pets", folder(Path("my images")), tmp_path / "out", progress=False).classes == 2
+    assert sources.prepare("pets", folder(Path("my images")), tmp_path / "out", progress=False).classes == 2
 
 
 def test_preparing_again_replaces_the_folder_and_what_a_killed_process_left(tmp_path: Path) -> None:
-    data.prepare("digits", DIGITS, tmp_path / "digits", progress=False)
+    sources.prepare("digits", DIGITS, tmp_path / "digits", progress=False)
     (tmp_path / ".digits.partial").mkdir()
     (tmp_path / ".digits.partial" / "train_images.npy").write_bytes(b"half")
     other = DIGITS.model_copy(update={"seed": 1})
-    made = data.prepare("digits", other, tmp_path / "digits", progress=False)
-    assert splits.load(tmp_path / "digits").fingerprint == made.fingerprint
+    made = sources.prepare("digits", other, tmp_path / "digits", progress=False)
+    assert dataset.load(tmp_path / "digits").fingerprint == made.fingerprint
     assert {path.name for path in tmp_path.iterdir()} <= {"digits", ".digits.lock"}
 
 
 def test_progress_is_announced_with_its_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data.prepare("digits", DIGITS, tmp_path / "digits")
+    sources.prepare("digits", DIGITS, tmp_path / "digits")
     shown = capsys.readouterr()
     assert "1,797 images of 8 x 8 x 1 take 0.000129 GB" in shown.out
     assert "1797/1797" in shown.err
@@ -322,22 +326,22 @@ def test_held_out_parts_that_leave_nothing_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_is_refused_before_and_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data.prepare("digits", DIGITS, tmp_path / "digits", progress=False)
-    before = splits.load(tmp_path / "digits").fingerprint
+    sources.prepare("digits", DIGITS, tmp_path / "digits", progress=False)
+    before = dataset.load(tmp_path / "digits").fingerprint
     other = DIGITS.model_copy(update={"seed": 1})
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
-        with pytest.raises(config.Refused, match=r"data\.digits: found '1e-06 GB free in .*at least 0\.000129 GB"):
-            data.prepare("digits", other, tmp_path / "digits", progress=False)
+        with pytest.raises(Refused, match=r"data\.digits: found '1e-06 GB free in .*at least 0\.000129 GB"):
+            sources.prepare("digits", other, tmp_path / "digits", progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(splits, "_write_images", _raise(OSError(28, "No space left on device")))
-        with pytest.raises(config.Refused, match="full disk"):
-            data.prepare("digits", other, tmp_path / "digits", progress=False)
+        patch.setattr(dataset, "_write_images", _raise(OSError(28, "No space left on device")))
+        with pytest.raises(Refused, match="full disk"):
+            sources.prepare("digits", other, tmp_path / "digits", progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(splits, "_write_images", _raise(KeyboardInterrupt()))
+        patch.setattr(dataset, "_write_images", _raise(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            data.prepare("digits", other, tmp_path / "digits", progress=False)
-    assert splits.load(tmp_path / "digits").fingerprint == before
+            sources.prepare("digits", other, tmp_path / "digits", progress=False)
+    assert dataset.load(tmp_path / "digits").fingerprint == before
     assert {path.name for path in tmp_path.iterdir()} <= {"digits", ".digits.lock"}
 
 
@@ -368,10 +372,10 @@ INCOMPLETE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("what", INCOMPLETE)
 def test_an_incomplete_data_set_folder_is_refused(tmp_path: Path, what: str) -> None:
-    data.prepare("digits", DIGITS, tmp_path / "digits", progress=False)
+    sources.prepare("digits", DIGITS, tmp_path / "digits", progress=False)
     INCOMPLETE[what](tmp_path / "digits")
-    with pytest.raises(config.Refused, match=r"^params\.yaml: data\.digits: found [^\n]*run the data stage again$"):
-        splits.load(tmp_path / "digits")
+    with pytest.raises(Refused, match=r"^params\.yaml: data\.digits: found [^\n]*run the data stage again$"):
+        dataset.load(tmp_path / "digits")
 
 
 # Splitting
@@ -380,18 +384,18 @@ def test_an_incomplete_data_set_folder_is_refused(tmp_path: Path, what: str) -> 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.floats(0.001, 1.0), st.integers(0, 2**40))
 def test_a_subset_is_stratified_sorted_and_repeatable(classes: list[int], fraction: float, seed: int) -> None:
     labels = np.array(classes, np.int64)
-    chosen = splits.subset(labels, fraction, seed)
+    chosen = subset(labels, fraction, seed)
     assert (np.diff(chosen) > 0).all()
     for label in set(classes):
         assert np.count_nonzero(labels[chosen] == label) == max(1, round(fraction * classes.count(label)))
-    np.testing.assert_array_equal(chosen, splits.subset(labels, fraction, seed))
+    np.testing.assert_array_equal(chosen, subset(labels, fraction, seed))
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.floats(0.001, 1.0), st.floats(0.001, 1.0), st.integers(0, 2**40))
 def test_subsets_of_one_seed_are_nested(classes: list[int], one: float, other: float, seed: int) -> None:
     """So the 30 % of a study lie within its 60 %, and those within all."""
     labels = np.array(classes, np.int64)
-    small, large = (set(splits.subset(labels, fraction, seed)) for fraction in sorted((one, other)))
+    small, large = (set(subset(labels, fraction, seed)) for fraction in sorted((one, other)))
     assert small <= large
 
 
@@ -400,30 +404,30 @@ def test_thirty_and_sixty_percent_of_classes_as_uneven_as_imagenets_are_stratifi
     counts = np.random.default_rng(0).integers(732, 1301, 100)
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(100), counts))
     for share in (0.3, 0.6):
-        held = np.bincount(labels[splits.subset(labels, share, 0)], minlength=100)
+        held = np.bincount(labels[subset(labels, share, 0)], minlength=100)
         assert np.abs(held - share * counts).max() <= 0.5
         assert abs(held.sum() - share * counts.sum()) < 30  # the roundings of 100 classes, which mostly cancel
 
 
 def test_a_subset_depends_on_its_seed_and_the_whole_is_the_whole() -> None:
     labels = np.repeat(np.arange(5), 40)
-    assert not np.array_equal(splits.subset(labels, 0.1, 0), splits.subset(labels, 0.1, 1))
-    np.testing.assert_array_equal(splits.subset(labels, 1.0, 0), np.arange(200))
-    drawn = np.bincount(np.concatenate([splits.subset(labels, 0.1, seed) for seed in range(400)]), minlength=200)
+    assert not np.array_equal(subset(labels, 0.1, 0), subset(labels, 0.1, 1))
+    np.testing.assert_array_equal(subset(labels, 1.0, 0), np.arange(200))
+    drawn = np.bincount(np.concatenate([subset(labels, 0.1, seed) for seed in range(400)]), minlength=200)
     assert drawn.min() > 15 and drawn.max() < 70  # every image is drawn about 40 times: no place is preferred
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.2, float("nan")])
 def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
-    with pytest.raises(config.Refused, match="fraction"):
-        splits.subset(np.arange(3), fraction, 0)
+    with pytest.raises(Refused, match="fraction"):
+        subset(np.arange(3), fraction, 0)
 
 
 @given(st.lists(st.integers(4, 40), min_size=1, max_size=5), st.floats(0.01, 0.3), st.floats(0.01, 0.3), st.integers(0, 2**40))
 def test_a_split_is_stratified_disjoint_and_exhaustive(counts: list[int], val: float, test: float, seed: int) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
     labels = labels[np.random.default_rng(0).permutation(len(labels))]
-    parts = splits.stratified_split(labels, (val, test), seed, "data.x", "abcde")
+    parts = stratified_split(labels, (val, test), seed, "data.x", "abcde")
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
     for share, part in zip((val, test), parts[1:], strict=True):
         assert np.bincount(labels[part]).tolist() == [max(1, round(share * count)) for count in counts]

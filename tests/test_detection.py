@@ -25,20 +25,20 @@ from torch.testing import assert_close
 from torchvision.ops import masks_to_boxes
 
 from kdlib import config
-from kdlib.detection import backbone, coco, evaluate, settings, table
-from kdlib.detection.cascade import CONVOLUTIONS, GIOU_WEIGHT
-from kdlib.detection.coco import Groups, Instances, Views
-from kdlib.detection.fit import Learning
-from kdlib.detection.model import build
-from kdlib.detection.optimizer import layer_of, learning_rate, optimizer
-from kdlib.detection.settings import Recipe, Run
-from kdlib.detection.train import RUNS, main, run
-from kdlib.models import build as build_classifier
-from kdlib.results import read_json
+from kdlib.engine.train import weights
+from kdlib.files import read_json
+from kdlib.models.build import build as build_classifier
+from kdlib.parallel.signals import Stopped
 from kdlib.seed import seed_torch
-from kdlib.tables.render import MINUS
-from kdlib.train.run import weights
-from kdlib.train.signals import Stopped
+from kdlib.study.report.render import MINUS
+from projects.detection import backbone, coco, evaluate, settings, table
+from projects.detection.cascade import CONVOLUTIONS, GIOU_WEIGHT
+from projects.detection.coco import Groups, Instances, Views
+from projects.detection.fit import Learning
+from projects.detection.model import build
+from projects.detection.optimizer import layer_of, learning_rate, optimizer
+from projects.detection.settings import Recipe, Run
+from projects.detection.train import RUNS, main, run
 from tests import shapes, tiny
 from tests.refusals import refused
 from tests.test_distributed import meet
@@ -103,7 +103,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(root: Path, tmp_path: P
     again = shapes.write(tmp_path)
     with monkeypatch.context() as patched:
         steps = iter([False, False, True])
-        patched.setattr("kdlib.detection.fit.asked_to_stop", lambda: next(steps))
+        patched.setattr("projects.detection.fit.asked_to_stop", lambda: next(steps))
         with pytest.raises(Stopped, match="small: stopped after step 3 of 6"):
             run(again, "small")
     assert not (again / FOLDER / "metrics.json").exists()
@@ -114,7 +114,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(root: Path, tmp_path: P
 
 
 def test_the_command_tells_the_table(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("kdlib.published.FILE", tiny.ROOT / "results/published/results.csv")
+    monkeypatch.setattr("kdlib.study.report.published.FILE", tiny.ROOT / "results/published/results.csv")
     monkeypatch.setattr(sys, "argv", ["train", str(root), "small"])
     before = (root / FOLDER / "metrics.json").stat().st_mtime_ns
     main()
@@ -519,7 +519,7 @@ def test_layers_of_a_convnext_learn_more_slowly_the_deeper_they_lie(published: s
 def test_published_numbers_stand_beside_measured_ones(
     published: settings.Detection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdlib.published.FILE", tiny.ROOT / "results/published/results.csv")
+    monkeypatch.setattr("kdlib.study.report.published.FILE", tiny.ROOT / "results/published/results.csv")
     for name in ("resnet50_1x", "resnet50_2x"):
         folder = tmp_path / RUNS / name
         folder.mkdir(parents=True)
@@ -645,7 +645,7 @@ def test_recipes_that_cannot_work_are_refused(tmp_path: Path, key: str, change: 
 
 def test_without_published_numbers_nothing_is_trained(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train", str(root), "small"])
-    monkeypatch.setattr("kdlib.detection.train.run", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("projects.detection.train.run", lambda *_: pytest.fail("trained"))
     with pytest.raises(SystemExit, match=r"STUDY: found .*, which has no results/published/results.csv at or above it; allowed: "):
         main()
 
@@ -656,7 +656,7 @@ def test_a_full_gpu_is_told_with_the_parameter(tmp_path: Path, monkeypatch: pyte
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr("kdlib.detection.train.fit", full)
+    monkeypatch.setattr("projects.detection.train.fit", full)
     with refused("recipes.tiny.group_size", "more than the memory of the GPU", "Tried to allocate 2.00 GiB.)", "set it lower"):
         run(made, "small")
 

@@ -23,20 +23,21 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kdlib import config
-from kdlib.checks import check_launch
-from kdlib.config import Launch, Refused
-from kdlib.data.stream import ViewStream
-from kdlib.experiment import Diverged, Experiment
-from kdlib.models import build
-from kdlib.ranks import anyone, as_the_first, everyones, from_all, mean_over_ranks, rank, wait_for_all
-from kdlib.results import read_json
+from kdlib.config.schema import Launch
+from kdlib.engine.learner import Learner
+from kdlib.engine.loop import TrainingLoop
+from kdlib.engine.metrics import predict
+from kdlib.engine.teacher_cache import TeacherCache
+from kdlib.errors import Refused
+from kdlib.files import read_json
+from kdlib.models.build import build
+from kdlib.parallel.launch import RankFailed, run_distributed
+from kdlib.parallel.ranks import any_rank, from_rank_zero, gather_items, gather_ranks, mean_over_ranks, rank, wait_for_all
 from kdlib.seed import seed_torch
-from kdlib.train.answers import Answers
-from kdlib.train.fit import Fit
-from kdlib.train.launch import RankFailed, together
-from kdlib.train.learner import Learner
-from kdlib.train.measure import predict
+from kdlib.study.training.checks import check_launch
+from kdlib.study.training.experiment import Diverged, Experiment
 from kdlib.types import Batch
+from kdlib.views.stream import ViewStream
 from tests import tiny, training
 from tests.training import method, setting, start
 
@@ -63,8 +64,8 @@ def train(names: tuple[str, ...], steps: int) -> dict[str, dict[str, Any]]:
         student, made = build(training.NET, 6, 1, 8, 0.3), method(name)()
         made.adapt(student.shape, teacher.shape, torch.from_numpy(split.labels[among.index].astype(np.int64)))
         learners.append(Learner(name, student.double(), made.double(), among.recipe, total_steps=steps, seed=0))
-    answers = Answers(teacher, None, 12, 8)
-    Fit(learners, stream, answers, validate=lambda _: 0.0, save=lambda _: None, save_seconds=1e9, title="test").run()
+    answers = TeacherCache(teacher, None, 12, 8)
+    TrainingLoop(learners, stream, answers, validate=lambda _: 0.0, save=lambda _: None, save_seconds=1e9, title="test").run()
     return {one.name: {"losses": torch.tensor([row["loss"] for row in one.curve]), "state": one.student.state_dict()} for one in learners}
 
 
@@ -86,10 +87,10 @@ def helpers() -> dict[str, Any]:
     mean_over_ranks(values)
     return {
         "means": values,
-        "any": anyone(rank() == 1, False, True),
-        "first": as_the_first([rank() == 0, rank() == 1]),
-        "all": everyones(torch.tensor([rank()])),
-        "from all": from_all(["a", "b"][: rank() + 1]),
+        "any": any_rank(rank() == 1, False, True),
+        "first": from_rank_zero([rank() == 0, rank() == 1]),
+        "all": gather_ranks(torch.tensor([rank()])),
+        "from all": gather_items(["a", "b"][: rank() + 1]),
     }
 
 
@@ -125,7 +126,7 @@ def test_two_processes_are_one_with_two_groups(two: list[dict[str, Any]], one: d
 def test_the_groups_matter(one: dict[str, dict[str, Any]]) -> None:
     """The test above could have failed: one process that takes half of each batch ends elsewhere."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("kdlib.train.fit.own", lambda _: range(1))
+        patched.setattr("kdlib.engine.loop.own", lambda _: range(1))
         half = train(("kd",), STEPS)
     assert not torch.allclose(half["kd"]["losses"], one["kd"]["losses"], atol=1e-3)
 
@@ -247,7 +248,7 @@ def fail_in_the_second() -> None:
 def test_an_error_of_one_process_is_said_in_one_line(work: Callable[[], None], error: type[Exception], message: str) -> None:
     """Though the other one fails too, since it misses the first."""
     with pytest.raises(error, match=message):
-        together(Launch(processes=2, nodes=1, rendezvous=None), work, Diverged)
+        run_distributed(Launch(processes=2, nodes=1, rendezvous=None), work, Diverged)
 
 
 def test_a_study_on_two_machines(tmp_path: Path, alone: Path) -> None:

@@ -19,19 +19,19 @@ from safetensors.torch import load as load_weights
 from torch import Tensor, nn
 
 from kdlib.data.splits import subset
-from kdlib.data.stream import ViewStream
-from kdlib.experiment import Diverged, Experiment
+from kdlib.engine import checkpoint
+from kdlib.engine.learner import Learner
+from kdlib.engine.loop import TrainingLoop
+from kdlib.engine.teacher_cache import TeacherCache
+from kdlib.engine.train import Setting
 from kdlib.losses import METHODS
 from kdlib.losses.base import HardLoss, Method
 from kdlib.losses.kd import KD
 from kdlib.losses.no_kd import NoKD
-from kdlib.models import build
-from kdlib.train import checkpoint
-from kdlib.train.answers import Answers
-from kdlib.train.fit import Fit
-from kdlib.train.learner import Learner
-from kdlib.train.run import Setting
+from kdlib.models.build import build
+from kdlib.study.training.experiment import Diverged, Experiment
 from kdlib.types import Asks, Batch, Output, Terms
+from kdlib.views.stream import ViewStream
 from tests import training
 from tests.training import method, setting, trained
 
@@ -284,10 +284,10 @@ def asked(done: dict[str, int]) -> tuple[dict[str, list[Asks]], list[Asks]]:
         learners.append(Learner(name, student, made, among.recipe, total_steps=2, seed=0))
         learners[-1].step = steps
     among.teacher.register_forward_pre_hook(lambda _, given: of_teacher.append(given[1]))
-    Fit(
+    TrainingLoop(
         learners,
         stream,
-        Answers(among.teacher, None, 16, 6),
+        TeacherCache(among.teacher, None, 16, 6),
         validate=lambda _: 0.0,
         save=lambda _: None,
         save_seconds=1e9,

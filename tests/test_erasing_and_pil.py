@@ -10,10 +10,10 @@ from PIL import Image
 from scipy import stats
 from timm.data.random_erasing import RandomErasing
 
-from kdlib.config import Refused
-from kdlib.data import erasing, pil
-from kdlib.experiment import Experiment
+from kdlib.errors import Refused
 from kdlib.seed import global_draws
+from kdlib.study.training.experiment import Experiment
+from kdlib.views import erasing, timm_pil
 from tests import tiny
 from tests.test_views import position_images, recipe, same, stream
 
@@ -66,8 +66,8 @@ TIMM = {"augment": "timm", "crop_min_area": 0.5, "randaugment": {"operations": 2
 
 def test_views_are_timms_to_the_pixel() -> None:
     images = position_images()[:5]
-    found = pil.views(images, recipe(**TIMM), 0.5, (3, "timm", 7))
-    transform = pil._transform(0.5, recipe(**TIMM).randaugment, 0.5, (15, 11))
+    found = timm_pil.views(images, recipe(**TIMM), 0.5, (3, "timm", 7))
+    transform = timm_pil._transform(0.5, recipe(**TIMM).randaugment, 0.5, (15, 11))
     for i, image in enumerate(images):
         with global_draws(3, "timm", 7, i):
             expected = transform(Image.fromarray(image))

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from timm.data.imagenet_info import ImageNetInfo
 from timm.data.transforms_factory import create_transform
 
-from kdlib import evaluate, published
-from kdlib.config import Refused
-from kdlib.data import evaluation_sets
-from kdlib.data.evaluation_sets import EvaluationSet, by_folder, open_set, parse_real, reassessed
-from kdlib.evaluate import CLASSES, View, hits
-from kdlib.models import Classifier, build
+from kdlib.errors import Refused
+from kdlib.models.build import Classifier, build
+from kdlib.study.cli import evaluate, evaluation_sets
+from kdlib.study.cli.evaluate import CLASSES, View, hits
+from kdlib.study.cli.evaluation_sets import EvaluationSet, by_folder, open_set, parse_real, reassessed
+from kdlib.study.report import published
 from tests import tiny
 from tests.refusals import refused
 

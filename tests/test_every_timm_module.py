@@ -7,8 +7,8 @@ import timm
 import torch
 from torch import Tensor
 
-from kdlib.models import Classifier, build
-from kdlib.types import Output, Part
+from kdlib.models.build import Classifier, build
+from kdlib.types import Feature, Output
 from tests.toys import tensors
 
 pytestmark = pytest.mark.long
@@ -62,13 +62,13 @@ def test_it_answers_everything(module: str) -> None:
         torch.manual_seed(0)
         expected = plain(images).logits
         torch.manual_seed(0)
-        output = model(images, frozenset(Part))
+        output = model(images, frozenset(Feature))
         assert torch.equal(output.logits, expected)
         assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
         consistent(model, output)
         gradients(model, output)
     with torch.no_grad():
-        output, given = model.eval()(images, frozenset(Part)), (images - model.mean) / model.std
+        output, given = model.eval()(images, frozenset(Feature)), (images - model.mean) / model.std
         timms = model.net.forward_head(model.net.forward_features(given), pre_logits=True).flatten(1)
         if module in NORMALISED:
             timms = model.net.head.bn(timms)

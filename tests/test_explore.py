@@ -12,9 +12,11 @@ import pytest
 import tiny
 from safetensors.torch import load_file, save_file
 
-from kdlib import explore, results
-from kdlib.config import Refused
-from kdlib.experiment import Experiment
+from kdlib.errors import Refused
+from kdlib.study.display import explore
+from kdlib.study.report import collect
+from kdlib.study.training import planned
+from kdlib.study.training.experiment import Experiment
 
 NOTEBOOK = tiny.ROOT / "notebooks" / "explore.ipynb"
 EDIT = """\
@@ -117,7 +119,7 @@ def test_a_refusal_is_one_line_in_a_notebook(executed: list[nbformat.NotebookNod
 def test_finished_has_every_run_with_all_columns(experiment: Experiment) -> None:
     runs = explore.finished(experiment)
     assert runs.index.names == ["comparison", "variant", "seed"]
-    assert list(runs.reset_index()[results.COLUMNS]) == results.COLUMNS
+    assert list(runs.reset_index()[collect.COLUMNS]) == collect.COLUMNS
     assert list(runs.index.unique("comparison")) == list(experiment.study.comparisons)
     assert runs["trial"].sum() == 4
     assert set(runs["status"]) == {"finished"}
@@ -140,7 +142,7 @@ def test_without_runs_one_line_says_what_to_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_answers_agree_with_the_measures_of_the_run(experiment: Experiment, split: str) -> None:
-    folder = results.run_folder(experiment.root, ("small_weak", "dist", 1))
+    folder = planned.run_folder(experiment.root, ("small_weak", "dist", 1))
     answers = explore.answers(experiment, "small_weak", folder, split)
     measured = json.loads((folder / "metrics.json").read_text())
     taught = json.loads((experiment.root / "runs/teacher/small/metrics.json").read_text())
@@ -156,7 +158,7 @@ def test_answers_agree_with_the_measures_of_the_run(experiment: Experiment, spli
 
 
 def test_answers_refuse_what_diverged_and_what_is_unknown(experiment: Experiment, tmp_path: Path) -> None:
-    folder = results.run_folder(experiment.root, ("small_weak", "kd", 0))
+    folder = planned.run_folder(experiment.root, ("small_weak", "kd", 0))
     weights = load_file(folder / "weights.safetensors")
     save_file(
         {name: value * float("nan") if value.is_floating_point() else value for name, value in weights.items()},
@@ -174,7 +176,7 @@ def test_equal_numbers_are_one_run(experiment: Experiment, monkeypatch: pytest.M
     seed = explore.finished(experiment).index[0][2]
     first = experiment.try_method("small_weak", "kd", 0, weight=1.0)
     assert first == experiment.try_method("small_weak", "kd", seed, weight=np.float64(1))
-    assert first.name == json.loads((results.run_folder(experiment.root, ("small_weak", "kd", 0)) / "run.json").read_text())["fingerprint"]
+    assert first.name == json.loads((planned.run_folder(experiment.root, ("small_weak", "kd", 0)) / "run.json").read_text())["fingerprint"]
 
 
 def test_try_method_refuses_before_training(experiment: Experiment) -> None:

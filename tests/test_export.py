@@ -13,10 +13,11 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from kdlib import export
-from kdlib.config import Refused
-from kdlib.experiment import Experiment
-from kdlib.results import read_json, run_folder
+from kdlib.errors import Refused
+from kdlib.files import read_json
+from kdlib.study.cli import export
+from kdlib.study.training.experiment import Experiment
+from kdlib.study.training.planned import run_folder
 from tests import tiny, training
 
 PLAIN = "test_resnet.r160_in1k"  # timm's own, small
@@ -143,7 +144,7 @@ def test_a_run_that_is_not_there_is_refused(experiment: Experiment, tmp_path: Pa
 
 def test_the_command(experiment: Experiment, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "kdlib.export", "resnet", "kd", "0", str(tmp_path / "out"), "--onnx"],
+        [sys.executable, "-m", "kdlib.study.cli.export", "resnet", "kd", "0", str(tmp_path / "out"), "--onnx"],
         cwd=experiment.root,
         env=tiny_environment(),
         check=True,

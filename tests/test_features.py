@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from kdlib.models import Classifier
+from kdlib.engine.teacher import Teacher
+from kdlib.models.build import Classifier
 from kdlib.models.features import Tap, stage_indices
-from kdlib.train.teacher import Teacher
-from kdlib.types import Asks, Output, Part
+from kdlib.types import Asks, Feature, Output
 from tests import zoo
 from tests.toys import tensors
 
-ALL: Asks = frozenset(Part)
+ALL: Asks = frozenset(Feature)
 FAMILIES = list(zoo.MEMBERS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_mode = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 ENDING = [family for family, member in zoo.MEMBERS.items() if any(member.endings)]
-PARTS = [frozenset({part}) for part in Part]
+PARTS = [frozenset({part}) for part in Feature]
 
 
 def collect(net: nn.Module, names: list[str], run: Callable[[], object], given: bool = False) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ def seeded(model: Callable[[], Any]) -> Any:
 def test_logits_and_statistics_are_the_plain_models(family: str, training: bool) -> None:
     images, plain = zoo.images(family), zoo.make(family, training)
     expected = seeded(lambda: plain.net(zoo.normalised(images)))
-    for asks in (ALL, frozenset({Part.MAPS}), frozenset({Part.EMBEDDING})):
+    for asks in (ALL, frozenset({Feature.MAPS}), frozenset({Feature.EMBEDDING})):
         model = zoo.make(family, training)
         assert torch.equal(seeded(lambda model=model, asks=asks: model(images, asks)).logits, expected), asks
         for name, value in plain.state_dict().items():
@@ -96,13 +96,13 @@ def test_the_shape_is_the_answers(family: str) -> None:
 @every_mode
 def test_the_embedding_is_what_the_classifier_reads(family: str, training: bool) -> None:
     model, images = zoo.make(family, training), zoo.images(family)
-    output = model(images, frozenset({Part.EMBEDDING}))
+    output = model(images, frozenset({Feature.EMBEDDING}))
     classifier = model.net.get_classifier()
     if isinstance(classifier, tuple):
         heads = [name for name, module in model.net.named_modules() if module in classifier]
         other = zoo.make(family, training)
         read = collect(other.net, heads, lambda: seeded(lambda: other(images)), given=True)
-        output = seeded(lambda: zoo.make(family, training)(images, frozenset({Part.EMBEDDING})))
+        output = seeded(lambda: zoo.make(family, training)(images, frozenset({Feature.EMBEDDING})))
         assert len(read) == 2
         assert_close(output.embedding, sum(read.values()) / 2)
     else:
@@ -114,7 +114,7 @@ def test_the_embedding_is_what_the_classifier_reads(family: str, training: bool)
 def test_the_embedding_is_timms(family: str) -> None:
     model, images = zoo.make(family), zoo.images(family)
     timms = model.net.forward_head(model.net.forward_features(zoo.normalised(images)), pre_logits=True)
-    assert_close(model(images, frozenset({Part.EMBEDDING})).embedding, timms.flatten(1), rtol=0, atol=0)
+    assert_close(model(images, frozenset({Feature.EMBEDDING})).embedding, timms.flatten(1), rtol=0, atol=0)
 
 
 @every_family
@@ -122,7 +122,7 @@ def test_the_embedding_is_timms(family: str) -> None:
 def test_maps_are_the_stages_outputs(family: str, training: bool) -> None:
     member, images, plain = zoo.MEMBERS[family], zoo.images(family), zoo.make(family, training)
     made = collect(plain.net, list(member.stages), lambda: seeded(lambda: plain.net(zoo.normalised(images))))
-    maps = seeded(lambda: zoo.make(family, training)(images, frozenset({Part.MAPS}))).maps
+    maps = seeded(lambda: zoo.make(family, training)(images, frozenset({Feature.MAPS}))).maps
     assert len(maps) == len(member.stages)
     for name, stage in zip(member.stages, maps, strict=True):
         assert torch.equal(member.unfold(made[name]), stage), name
@@ -175,7 +175,7 @@ def test_gradients_are_those_without_activations_in_place(family: str, training:
     for module in in_place:
         module.inplace = False
     assert in_place or family in ("vit", "deit", "beitv2", "swin", "convnextv2")
-    for asks in (ALL, frozenset({Part.PREACTIVATIONS}), frozenset({Part.MAPS})):
+    for asks in (ALL, frozenset({Feature.PREACTIVATIONS}), frozenset({Feature.MAPS})):
         model.zero_grad()
         outside.zero_grad()
         found, expected = gradients(model, family, asks), gradients(outside, family, asks)
@@ -198,7 +198,7 @@ def test_every_part_reaches_the_images(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "asks", [frozenset(), frozenset({Part.LOGITS}), frozenset({Part.EMBEDDING}), frozenset({Part.EMBEDDING, Part.LOGITS})]
+    "asks", [frozenset(), frozenset({Feature.LOGITS}), frozenset({Feature.EMBEDDING}), frozenset({Feature.EMBEDDING, Feature.LOGITS})]
 )
 def test_maps_that_nobody_asked_for_are_not_collected(asks: Asks, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zoo.make("vit")
@@ -228,7 +228,12 @@ def test_copies_are_made_for_what_is_asked_alone(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Tap, "__call__", note)
     model, images = zoo.make("resnet, basic"), zoo.images("resnet, basic")
-    for asks, copies in ((frozenset({Part.MAPS}), 0), (frozenset({Part.EMBEDDING}), 1), (frozenset({Part.PREACTIVATIONS}), 4), (ALL, 5)):
+    for asks, copies in (
+        (frozenset({Feature.MAPS}), 0),
+        (frozenset({Feature.EMBEDDING}), 1),
+        (frozenset({Feature.PREACTIVATIONS}), 4),
+        (ALL, 5),
+    ):
         kept.clear()
         model(images, asks)
         assert len(kept) == copies

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdlib import config, data
-from kdlib.data import fractals
-from kdlib.data.chaos import BURN_IN, render
+from kdlib.config.schema import Fractals
+from kdlib.data import sources
+from kdlib.data.sources import fractals
+from kdlib.data.sources.ifs_numba import BURN_IN, render
 from kdlib.seed import generator
 
 ROOT = Path(__file__).parents[1]
-PARAMS = config.Fractals(
+PARAMS = Fractals(
     source="fractals", classes=4, train_per_class=9, val_per_class=2, test_per_class=3, size=16, jitter=0.5, points=80, seed=3, hflip=0.5
 )
 
@@ -77,7 +78,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 
 
 def test_another_process_writes_the_same_bytes(tmp_path: Path, elsewhere: tuple[Path, int]) -> None:
-    here = data.prepare("f", PARAMS, tmp_path / "here", progress=False)
+    here = sources.prepare("f", PARAMS, tmp_path / "here", progress=False)
     names = sorted(path.name for path in (tmp_path / "here").iterdir())
     assert names == ["data.json", *(f"{s}_{what}.npy" for s in ("test", "train", "val") for what in ("images", "labels"))]
     for file in names:
@@ -87,12 +88,12 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path, elsewhere: tuple[
 
 
 def test_splits_seeds_and_classes_give_other_images_but_size_gives_other_renderings_of_the_same_systems(tmp_path: Path) -> None:
-    base = data.prepare("f", PARAMS, tmp_path / "base", progress=False)
+    base = sources.prepare("f", PARAMS, tmp_path / "base", progress=False)
     images = np.concatenate([split.images.reshape(-1, 256) for split in (base.train, base.val, base.test)])
     assert len(np.unique(images, axis=0)) == len(images)
-    other = data.prepare("f", PARAMS.model_copy(update={"seed": 4}), tmp_path / "other", progress=False)
+    other = sources.prepare("f", PARAMS.model_copy(update={"seed": 4}), tmp_path / "other", progress=False)
     assert not np.array_equal(base.train.images, other.train.images)
-    more = data.prepare("f", PARAMS.model_copy(update={"classes": 5, "train_per_class": 10}), tmp_path / "more", progress=False)
+    more = sources.prepare("f", PARAMS.model_copy(update={"classes": 5, "train_per_class": 10}), tmp_path / "more", progress=False)
     np.testing.assert_array_equal(more.train.images[:9], base.train.images[:9])  # a larger set begins with the smaller one's images
     np.testing.assert_array_equal(more.train.images[30:39], base.train.images[27:36])
 
@@ -121,7 +122,7 @@ def test_systems_are_contractive_within_the_published_bound_and_look_neither_emp
 def test_classes_are_recognisable_and_not_trivial(tmp_path: Path) -> None:
     """By the nearest class mean in pixels, which knows nothing of fractals."""
     params = PARAMS.model_copy(update={"classes": 20, "train_per_class": 50, "test_per_class": 20, "points": 300, "size": 24})
-    made = data.prepare("f", params, tmp_path / "f", progress=False)
+    made = sources.prepare("f", params, tmp_path / "f", progress=False)
     train = made.train.images.reshape(20, 50, -1).mean(1)
     test = made.test.images.reshape(400, -1).astype(float)
     nearest = ((test[:, None] - train[None]) ** 2).sum(-1).argmin(1)
@@ -154,7 +155,7 @@ def test_eighty_megabytes_of_images_need_no_more_memory_than_a_few_kilobytes(tmp
     assert peak - elsewhere[1] < 20e6
 
 
-def _prepare_elsewhere(folder: Path, params: config.Fractals) -> int:
+def _prepare_elsewhere(folder: Path, params: Fractals) -> int:
     """Peak resident memory, in bytes, of a process that prepares a data set; 0 where there is no /proc.
 
     (Not ``ru_maxrss``: a child inherits its parent's.)

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from kdlib.config import Refused
-from kdlib.data.stream import ViewStream
-from kdlib.experiment import Experiment
+from kdlib.engine import checkpoint
+from kdlib.engine.learner import Learner
+from kdlib.errors import Refused
 from kdlib.losses import METHODS
-from kdlib.models import build
+from kdlib.models.build import build
 from kdlib.seed import seed_torch
-from kdlib.train import checkpoint
-from kdlib.train.learner import Learner
+from kdlib.study.training.experiment import Experiment
+from kdlib.views.stream import ViewStream
 from tests import tiny, training
 from tests.test_survival import stop_after
 from tests.training import method, setting, trained

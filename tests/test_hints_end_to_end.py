@@ -16,16 +16,16 @@ from safetensors.torch import load as load_weights
 from torch import Tensor
 
 from kdlib import config
-from kdlib.data.stream import ViewStream
-from kdlib.experiment import Experiment
+from kdlib.engine import train
+from kdlib.engine.learner import Learner
+from kdlib.engine.teacher import Teacher
+from kdlib.engine.train import Setting
 from kdlib.losses import METHODS, Method
-from kdlib.models import Classifier, build
+from kdlib.models.build import Classifier, build
 from kdlib.seed import seed_torch
-from kdlib.train import run
-from kdlib.train.learner import Learner
-from kdlib.train.run import Setting
-from kdlib.train.teacher import Teacher
-from kdlib.types import Batch, Part
+from kdlib.study.training.experiment import Experiment
+from kdlib.types import Batch, Feature
+from kdlib.views.stream import ViewStream
 from tests import toys, training, zoo
 from tests.test_survival import stop_after
 
@@ -98,7 +98,7 @@ class Done:
 
 def train_all(pair: str, folder: Path, monkeypatch: pytest.MonkeyPatch, save_seconds: float = 1e9) -> Done:
     with monkeypatch.context() as patched:
-        patched.setattr(run, "Learner", Watched)
+        patched.setattr(train, "Learner", Watched)
         Watched.made = {}
         return Done(training.trained(setting(pair), methods(), folder, save_seconds), Watched.made)
 
@@ -241,7 +241,7 @@ def test_a_learners_state_is_all_that_the_next_step_depends_on(name: str) -> Non
 # Every family, a step each
 
 
-HINTS = {name: (made.asks_student, made.asks_teacher) for name, made in METHODS.items() if made.asks_teacher - {Part.LOGITS}}
+HINTS = {name: (made.asks_student, made.asks_teacher) for name, made in METHODS.items() if made.asks_teacher - {Feature.LOGITS}}
 every_family = pytest.mark.parametrize("family", list(zoo.MEMBERS))
 
 
@@ -250,7 +250,7 @@ def learn_by_hints_alone(student: Classifier, teacher: Teacher, names: Iterable[
     seed_torch(3)
     recipe, labels = training.recipe(hard_loss="none", weight_decay=0.0), torch.arange(6)
     batch = Batch(torch.rand(4, 1, 8, 8), torch.eye(6)[:4], labels[:4], torch.arange(4), torch.zeros(4, dtype=torch.bool))
-    answers = teacher(batch.images, frozenset(Part))
+    answers = teacher(batch.images, frozenset(Feature))
     for name in names:
         method, own = METHODS[name](**parameters(name)), copy.deepcopy(student)
         method.adapt(own.shape, teacher.shape, labels)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from timm.data.readers.reader_hfds import ReaderHfds
 
-from kdlib import config
-from kdlib.data import huggingface, originals
-from kdlib.data.splits import DataSet
+from kdlib.config.schema import Originals
+from kdlib.data import lazy_images
+from kdlib.data.dataset import DataSet
+from kdlib.data.sources import huggingface
 from kdlib.decoding import pixels
 from kdlib.decoding.pool import Pool
 from tests import jpegs
@@ -23,7 +24,7 @@ from tests.test_views import same
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     """No bars of `datasets`, and no process but this one decodes."""
-    monkeypatch.setattr(originals, "pool", lambda: Pool(0))
+    monkeypatch.setattr(lazy_images, "pool", lambda: Pool(0))
     datasets.disable_progress_bars()
 
 
@@ -42,7 +43,7 @@ def saved(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return jpegs.to_arrow(root, tmp_path_factory.mktemp("hf") / "saved")
 
 
-def arrow(path: Path, **changes: object) -> config.Originals:
+def arrow(path: Path, **changes: object) -> Originals:
     return params(path, stored="huggingface", **changes)
 
 

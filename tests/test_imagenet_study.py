@@ -15,18 +15,24 @@ import pandas as pd
 import pytest
 import timm
 
-from kdlib import config, results, tables
-from kdlib.experiment import Experiment
-from kdlib.export import export
-from kdlib.models.loading import load_checkpoint
-from kdlib.results import read_json
-from kdlib.study import _stages
-from kdlib.train.measure import predict
+from kdlib import config
+from kdlib.engine.metrics import predict
+from kdlib.files import read_json
+from kdlib.models.checkpoints import load_checkpoint
+from kdlib.study.cli.export import export
+from kdlib.study.cli.study import _stages
+from kdlib.study.report import build
+from kdlib.study.report.render import write
+from kdlib.study.training import planned
+from kdlib.study.training.experiment import Experiment
 from tests import imagenet, jpegs, published_recipes, tiny, training
 
 COMPARISONS = ("f1_030", "t1_r56_r20_previous", "t3_r152_a2_hints", "t6_vit_tiny", "t6_convnextv2_tiny")  # of every kind of student
 FEWER = {"t6_vit_tiny": ["kd"], "t6_convnextv2_tiny": ["kd"]}  # their other methods are f1_030's
-DISTILL = "import sys, pathlib; from kdlib.experiment import Experiment; Experiment(pathlib.Path(sys.argv[1])).distill(sys.argv[2])"
+DISTILL = (
+    "import sys, pathlib; from kdlib.study.training.experiment import Experiment; "
+    "Experiment(pathlib.Path(sys.argv[1])).distill(sys.argv[2])"
+)
 REPEATED = "f1_030"  # by two processes
 KILLED = "t6_vit_tiny"  # the smallest checkpoints: one is written after each step
 
@@ -91,11 +97,11 @@ def test_every_student_learns_from_its_teacher(study: Experiment) -> None:
 
 
 def test_its_tables_put_published_numbers_beside_measured_ones(study: Experiment) -> None:
-    made = tables.made(study.root, study.study)
-    numbers = tables.read(study.root, made, study.study)
+    made = build.made(study.root, study.study)
+    numbers = build.read(study.root, made, study.study)
     out = study.root / "results"
-    for table in tables.build(made, numbers):
-        tables.write(table, out / "tables")
+    for table in build.build(made, numbers):
+        write(table, out / "tables")
     found = pd.read_csv(out / "tables" / "published.csv")
     ours = found[found["comparison"] == REPEATED]
     assert len(ours)
@@ -142,7 +148,7 @@ def test_an_exported_student_scores_as_its_run_did(study: Experiment, tmp_path: 
     model, data = study.study.comparisons[run[0]].student, study.data("imagenet")
     made = load_checkpoint("CHECKPOINT", tmp_path / "model.safetensors", model, (data.classes, data.channels, data.size))
     logits = predict(made.eval(), data.test.images, imagenet.BATCH, training.CPU)
-    metrics = read_json(results.run_folder(study.root, run) / "metrics.json")
+    metrics = read_json(planned.run_folder(study.root, run) / "metrics.json")
     assert metrics["test_top1"] == pytest.approx((logits.argmax(1).numpy() == data.test.labels).mean())
     alone = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert alone.state_dict().keys() == made.net.state_dict().keys()

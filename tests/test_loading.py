@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kdlib.models import Classifier, build, layouts, loading
+from kdlib.models import checkpoints, layouts
+from kdlib.models.build import Classifier, build
 from tests import zoo
 from tests.refusals import refused
 
@@ -52,9 +53,9 @@ def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Class
 
     def loaded(family: str, content: object, suffix: str = ".pth", averaged: bool = True, **options: Any) -> Classifier:
         member = zoo.MEMBERS[family]
-        monkeypatch.setattr(loading, "build", lambda *_: blank(family, **options))
+        monkeypatch.setattr(checkpoints, "build", lambda *_: blank(family, **options))
         path = written(tmp_path / f"weights{suffix}", content)
-        return loading.load_checkpoint(KEY, path, member.name, (options.get("num_classes", zoo.CLASSES), 3, member.size), averaged)
+        return checkpoints.load_checkpoint(KEY, path, member.name, (options.get("num_classes", zoo.CLASSES), 3, member.size), averaged)
 
     return loaded
 
@@ -260,7 +261,7 @@ def test_the_papers_own_models(tmp_path: Path, name: str) -> None:
     taught = build(name, 1000, 3, 224)
     rename = {"convnextv2_tiny": convnext_of_its_authors, "beitv2_base_patch16_224": lambda weights: with_indices(weights, 14)}
     weights = rename.get(name, dict)(taught.net.state_dict())
-    found = loading.load_checkpoint(KEY, written(tmp_path / "released.pth", trainer(weights)), name, (1000, 3, 224))
+    found = checkpoints.load_checkpoint(KEY, written(tmp_path / "released.pth", trainer(weights)), name, (1000, 3, 224))
     images = torch.rand(1, 3, 224, 224)
     assert torch.equal(said(found, images), said(taught, images))
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from kdlib import config
-from kdlib.checks import check_names
-from kdlib.config import Refused
+from kdlib.errors import Refused
 from kdlib.losses import HARD, METHODS, Method
 from kdlib.losses import rkd as angles
-from kdlib.types import Batch, Output, OutputShape, Part, Terms
+from kdlib.study.training.checks import check_names
+from kdlib.types import Batch, Feature, Output, OutputShape, Terms
 from tests import references, tiny
 from tests.refusals import change
 from tests.toys import (
@@ -362,7 +362,7 @@ def test_refuses_targets_of_other_classes(name: str, classes: int) -> None:
 def test_refuses_a_teacher_of_other_classes_where_its_logits_count(name: str, classes: int) -> None:
     student, teacher, batch = draw()
     other = _with(teacher, torch.zeros(len(batch.labels), classes))
-    if Part.LOGITS in METHODS[name].asks_teacher:
+    if Feature.LOGITS in METHODS[name].asks_teacher:
         with pytest.raises(ValueError, match=rf"^found a teacher of {classes} classes; allowed: the student's {CLASSES}; choose another"):
             compute(make(name), student, other, batch)
     else:
@@ -375,7 +375,7 @@ def test_refuses_a_teacher_of_other_classes_where_its_logits_count(name: str, cl
 def test_refuses_a_model_that_lacks_what_it_asks_for_and_no_other(name: str, who: str, parts: dict[str, Any]) -> None:
     models = {"student": STUDENT, "teacher": TEACHER}
     models[who] = replace(models[who], **parts)
-    asks = {"maps" if part == Part.PREACTIVATIONS else part.value for part in getattr(METHODS[name], f"asks_{who}")}
+    asks = {"maps" if part == Feature.PREACTIVATIONS else part.value for part in getattr(METHODS[name], f"asks_{who}")}
     if asks & set(parts):
         lacks = rf"^found a {who} with(out pooled embedding|\ 0 stages); allowed: .*; choose another"
         with pytest.raises(ValueError, match=lacks):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from kdlib.engine.memory import peak_bytes
 from kdlib.losses.rkd import ELEMENTS, rkd
-from kdlib.train.memory import peak_bytes
 from tests.toys import compute, distillation, draw, expect, make, require_grad
 
 

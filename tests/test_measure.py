@@ -9,8 +9,8 @@ from scipy.stats import entropy
 from sklearn.metrics import log_loss, top_k_accuracy_score
 from torch import Tensor, nn
 
-from kdlib.train import measure as module
-from kdlib.train.measure import Measures, calibration_error, measure, predict, to_images
+from kdlib.engine import metrics as module
+from kdlib.engine.metrics import Measures, calibration_error, measure, predict, to_images
 from kdlib.types import Output
 from tests.references import common as references
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdlib.engine.learner import Learner
+from kdlib.engine.memory import peak_bytes
 from kdlib.losses import METHODS
 from kdlib.losses.base import Method
-from kdlib.train.learner import Learner
-from kdlib.train.memory import peak_bytes
 from kdlib.types import Batch, Output, Terms
 from tests import toys
 from tests.training import method, setting, trained

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kdlib import config, toy
-from kdlib.disagreements import DISAGREEMENTS, Disagreement, table
+from kdlib import config
 from kdlib.losses import METHODS
-from kdlib.types import Part
+from kdlib.study.display import methods
+from kdlib.study.display.discrepancies import DISAGREEMENTS, table
+from kdlib.study.display.discrepancies.base import Disagreement
+from kdlib.types import Feature
 from tests import tiny
 
 NOTEBOOK = tiny.ROOT / "notebooks" / "methods.ipynb"
@@ -45,8 +47,8 @@ def test_every_method_is_shown_with_card_terms_and_figure(outputs: list[nbformat
     for card, (name, method) in zip(cards, METHODS.items(), strict=True):
         assert card.startswith(f"## {name}\n")
         assert f"$${method.equation}$$" in card
-        assert toy.paper(name) in card
-        assert re.search(r"(19|20)\d\d|arXiv", toy.paper(name)) or not method.asks_teacher
+        assert methods.paper(name) in card
+        assert re.search(r"(19|20)\d\d|arXiv", methods.paper(name)) or not method.asks_teacher
 
 
 def test_every_disagreement_is_shown(outputs: list[nbformat.NotebookNode]) -> None:
@@ -74,9 +76,9 @@ def test_the_table_has_what_is_measured() -> None:
 
 @every_method
 def test_a_gradient_where_a_method_looks_and_nowhere_else(name: str) -> None:
-    found = toy.gradient(name, PARAMETERS[name])
+    found = methods.gradient(name, PARAMETERS[name])
     asks = METHODS[name].asks_student
-    for part in set(Part) - {Part.LOGITS}:
+    for part in set(Feature) - {Feature.LOGITS}:
         sizes = [tensor.abs().max() for tensor in torch.utils._pytree.tree_leaves(getattr(found, part.value))]
         assert (max(sizes) > 0) == (part in asks), part
 
@@ -84,7 +86,7 @@ def test_a_gradient_where_a_method_looks_and_nowhere_else(name: str) -> None:
 @every_method
 def test_what_it_looks_at_is_what_it_says(name: str) -> None:
     method = METHODS[name]
-    found = toy.looks(toy.made(name, PARAMETERS[name]))
+    found = methods.looks(methods.made(name, PARAMETERS[name]))
     for part in method.asks_teacher:
         assert part.value in found["of the student"] + found["of the teacher"]
     assert ("per-device" in found["of the batch"]) == method.relational
@@ -93,7 +95,7 @@ def test_what_it_looks_at_is_what_it_says(name: str) -> None:
 
 def test_what_a_method_depends_on_is_seen() -> None:
     def looks(name: str) -> str:
-        return toy.looks(toy.made(name, PARAMETERS[name]))["of the batch"]
+        return methods.looks(methods.made(name, PARAMETERS[name]))["of the batch"]
 
     assert looks("kd") == "nothing"
     assert looks("dkd") == "the label"
@@ -101,14 +103,14 @@ def test_what_a_method_depends_on_is_seen() -> None:
 
 
 def test_values_and_gradient_by_hand() -> None:
-    p, q = (toy.said(who).logits.double().softmax(dim=1) for who in ("student", "teacher"))
+    p, q = (methods.said(who).logits.double().softmax(dim=1) for who in ("student", "teacher"))
     parameters = {"hard_weight": 0.5, "weight": 2.0, "temperature": 1.0}
-    values = toy.values("kd", parameters).loc["value"]
-    assert values["hard"] == pytest.approx(-0.5 * p.log().gather(1, toy.BATCH.labels[:, None]).mean().item(), abs=1e-4)
+    values = methods.values("kd", parameters).loc["value"]
+    assert values["hard"] == pytest.approx(-0.5 * p.log().gather(1, methods.BATCH.labels[:, None]).mean().item(), abs=1e-4)
     assert values["kd"] == pytest.approx(2.0 * (q * (q / p).log()).sum(dim=1).mean().item(), abs=1e-4)
-    assert_close(toy.gradient("kd", parameters).logits.double(), 2.0 * (p - q) / 4, rtol=1e-4, atol=1e-6)
+    assert_close(methods.gradient("kd", parameters).logits.double(), 2.0 * (p - q) / 4, rtol=1e-4, atol=1e-6)
 
 
 def test_labels_and_indices_of_the_toy_fit() -> None:
-    assert (toy.LABELS[toy.BATCH.index] == toy.BATCH.labels).all()
-    assert (toy.BATCH.targets.argmax(dim=1) == toy.BATCH.labels).all()
+    assert (methods.LABELS[methods.BATCH.index] == methods.BATCH.labels).all()
+    assert (methods.BATCH.targets.argmax(dim=1) == methods.BATCH.labels).all()

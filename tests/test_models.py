@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 
-from kdlib.models import Classifier, build, cifar
+from kdlib.engine.train import forward_flops, weights
+from kdlib.models import cifar
+from kdlib.models.build import Classifier, build
 from kdlib.models.features import stage_indices
-from kdlib.models.small import NAMES
-from kdlib.train.run import forward_flops, weights
+from kdlib.models.resnet_small import NAMES
 from tests import training
 
 SHAPES = {  # blocks per stage, width, stem stride

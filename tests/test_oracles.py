@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from kdlib.engine.metrics import calibration_error, measure
 from kdlib.losses import HARD, METHODS
 from kdlib.losses.at import at, attention
 from kdlib.losses.cc import cc
@@ -24,7 +25,6 @@ from kdlib.losses.reviewkd import Fusion, hcl
 from kdlib.losses.rkd import squares
 from kdlib.losses.sp import sp
 from kdlib.losses.vid import FLOOR, vid
-from kdlib.train.measure import calibration_error, measure
 from kdlib.types import Batch, Output
 from tests.toys import draw
 

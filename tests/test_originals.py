@@ -21,14 +21,14 @@ from timm.data.transforms_factory import create_transform
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as oracle
 
-from kdlib import config, data
-from kdlib.data import originals
-from kdlib.data.originals import in_turn
-from kdlib.data.splits import DataSet, load
-from kdlib.data.stream import ViewStream
+from kdlib.config.schema import Originals
+from kdlib.data import lazy_images, sources
+from kdlib.data.dataset import DataSet, load
+from kdlib.data.lazy_images import in_turn
 from kdlib.decoding import pixels
 from kdlib.decoding.pixels import Cut
 from kdlib.decoding.pool import Pool
+from kdlib.views.stream import ViewStream
 from tests import jpegs, tiny
 from tests.refusals import refused
 from tests.test_views import recipe, same
@@ -38,12 +38,12 @@ CROPS = {"batch_size": 12, "group_size": 4, "repeats": 3, "crop_min_area": 0.08}
 TIMM = CROPS | {"augment": "timm", "randaugment": {"operations": 2, "magnitude": 7.0, "magnitude_std": 0.5}}
 
 
-def params(path: Path | str, **changes: object) -> config.Originals:
-    return config.Originals.model_validate(jpegs.entry(path, size=SIZE) | changes)
+def params(path: Path | str, **changes: object) -> Originals:
+    return Originals.model_validate(jpegs.entry(path, size=SIZE) | changes)
 
 
-def prepared(to: Path, made: config.Originals) -> DataSet:
-    return data.prepare("net", made, to / "net", progress=False)
+def prepared(to: Path, made: Originals) -> DataSet:
+    return sources.prepare("net", made, to / "net", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def listed(root: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process but this one decodes, however many cores there are."""
-    monkeypatch.setattr(originals, "pool", lambda: Pool(0))
+    monkeypatch.setattr(lazy_images, "pool", lambda: Pool(0))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def stream(of: DataSet, **changes: object) -> ViewStream:
     return ViewStream(split.images, split.labels, index, classes=4, recipe=recipe(**CROPS | changes), hflip=0.5, seed=1)
 
 
-def by_hand(split_images: originals.Originals, row: int) -> Image.Image:
+def by_hand(split_images: lazy_images.LazyImages, row: int) -> Image.Image:
     """An image by Pillow alone."""
     place = split_images.place(row)
     with Image.open(place.file) as image:
@@ -146,7 +146,7 @@ def test_rows_in_any_order_and_what_was_kept(listed: DataSet, monkeypatch: pytes
 
 def test_without_memory_to_spare_nothing_is_kept(listed: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = listed.test.images[:]
-    monkeypatch.setattr(originals, "KEPT_SHARE", 0.0)
+    monkeypatch.setattr(lazy_images, "KEPT_SHARE", 0.0)
     images = copy.deepcopy(listed.test.images)
     np.testing.assert_array_equal(images[:], expected)
     assert images._kept is None
@@ -234,7 +234,7 @@ def test_other_processes_make_the_same_views(
 ) -> None:
     groups = recipe(**augment).groups
     expected = [[stream(listed, **augment).batch(step, group) for group in range(groups)] for step in (0, 1, 5)]
-    monkeypatch.setattr(originals, "pool", lambda: workers)
+    monkeypatch.setattr(lazy_images, "pool", lambda: workers)
     views = stream(listed, **augment)
     for step, batches in zip((0, 1, 5), expected, strict=True):
         assert all(same(views.batch(step, group), batch) for group, batch in enumerate(batches))
@@ -242,12 +242,12 @@ def test_other_processes_make_the_same_views(
 
 
 def test_timms_views_are_timms(listed: DataSet) -> None:
-    from kdlib.data import pil  # noqa: PLC0415
     from kdlib.seed import global_draws  # noqa: PLC0415
+    from kdlib.views import timm_pil  # noqa: PLC0415
 
     made = recipe(**TIMM)
     rows, keys = stream(listed, **TIMM)._wanted(2, 1)
-    transform = pil._transform(0.08, made.randaugment, 0.5, (SIZE, SIZE))
+    transform = timm_pil._transform(0.08, made.randaugment, 0.5, (SIZE, SIZE))
     batch = stream(listed, **TIMM).batch(2, 1)
     for row, key, image in zip(rows.tolist(), keys, batch.images, strict=True):
         with global_draws(*key):
@@ -277,7 +277,7 @@ def test_an_image_of_several_groups_is_decoded_once_a_step(listed: DataSet, monk
 
 def test_any_group_may_be_asked_for(listed: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though a process takes care of its own alone: the second of three here."""
-    monkeypatch.setattr("kdlib.data.stream.own", lambda _: range(1, 2))
+    monkeypatch.setattr("kdlib.views.stream.own", lambda _: range(1, 2))
     views = stream(listed)
     assert same(views.batch(1, 1), stream(listed).batch(1, 1))
     assert same(views.batch(1, 0), stream(listed).batch(1, 0))
@@ -326,7 +326,7 @@ def test_what_changed_since_it_was_listed_is_refused(
     found, file = spoiled(root, listed, tmp_path)
     change(file)
     made = Pool(processes)
-    monkeypatch.setattr(originals, "pool", lambda: made)
+    monkeypatch.setattr(lazy_images, "pool", lambda: made)
     with refused("data.net.path", reason, file.name[:9], "run the data stage again"):
         _ = found.train.images[:]
     with refused("data.net.path", reason):

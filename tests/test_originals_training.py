@@ -12,10 +12,10 @@ import pandas as pd
 import psutil
 import pytest
 
-from kdlib.data import originals
+from kdlib.data import lazy_images
 from kdlib.decoding.pool import Pool
-from kdlib.experiment import Experiment
-from kdlib.results import read_json
+from kdlib.files import read_json
+from kdlib.study.training.experiment import Experiment
 from tests import jpegs, tiny, training
 from tests.refusals import refused
 
@@ -63,7 +63,7 @@ def decoding(study: psutil.Process) -> list[psutil.Process]:
 
 def test_a_process_that_decodes_changes_no_number(images: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(Pool(1)) as made:
-        monkeypatch.setattr(originals, "pool", lambda: made)
+        monkeypatch.setattr(lazy_images, "pool", lambda: made)
         root = fresh(tmp_path, alone, content(images))
         Experiment(root).distill(training.COMPARISON)
     assert training.numbers(root) == training.numbers(alone)

@@ -14,11 +14,12 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from kdlib import plan, provenance, results
-from kdlib.config import load
+from kdlib.config.reader import load
+from kdlib.files import read_json
 from kdlib.losses import METHODS
-from kdlib.notebook import describe
-from kdlib.types import Part
+from kdlib.study.cli.notebook import describe
+from kdlib.study.training import code_hash, planned
+from kdlib.types import Feature
 from tests import project, tiny
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(600)]
@@ -55,7 +56,7 @@ def set_param(folder: Path, keys: str, value: object) -> None:
 def test_every_planned_run_is_a_row_of_the_table(done: tuple[Path, str]) -> None:
     folder, _ = done
     runs = pd.read_csv(folder / "results/runs.csv")
-    assert list(zip(runs["comparison"], runs["variant"], runs["seed"], strict=True)) == plan.expected(load(folder))
+    assert list(zip(runs["comparison"], runs["variant"], runs["seed"], strict=True)) == planned.expected(load(folder))
     assert (runs["status"] == "finished").all()
     assert runs.loc[~runs["trial"], "test_top1"].notna().all()
     assert runs.loc[runs["trial"], "test_top1"].isna().all(), "a trial must not ask the test split"
@@ -141,7 +142,7 @@ def test_one_methods_parameter_retrains_that_method_and_reverting_trains_nothing
 
 def test_editing_the_report_trains_nothing(done: tuple[Path, str]) -> None:
     folder, _ = done
-    path = folder / "kdlib/tables/render.py"
+    path = folder / "kdlib/study/report/render.py"
     before = path.read_text()
     path.write_text(before + "\nSPARE = 1\n")
     assert project.stages(project.dvc(folder, "repro"))[0] == "tables"
@@ -168,7 +169,7 @@ def default_files(folder: Path) -> list[Path]:
 def test_a_second_study_makes_its_tables_figures_and_readme(second: tuple[Path, str, dict[Path, bytes]]) -> None:
     place, printed, _ = second
     runs = pd.read_csv(place / "results/runs.csv")
-    assert list(zip(runs["comparison"], runs["variant"], runs["seed"], strict=True)) == plan.expected(load(place))
+    assert list(zip(runs["comparison"], runs["variant"], runs["seed"], strict=True)) == planned.expected(load(place))
     assert set(runs["method"]) == set(METHODS)
     assert (runs["status"] == "finished").all()
     assert runs["step_bytes"].gt(0).all()
@@ -187,10 +188,10 @@ def test_a_method_says_what_it_looks_at(second: tuple[Path, str, dict[Path, byte
     runs = pd.read_csv(place / "results/runs.csv")
     for method, looks, relational in set(zip(runs["method"], runs["looks_at"], runs["relational"], strict=True)):
         asked = METHODS[method].asks_teacher | METHODS[method].asks_student
-        parts = {part.value for part in Part if part.value in looks}
+        parts = {part.value for part in Feature if part.value in looks}
         assert relational == METHODS[method].relational
-        logits = {"logits"} if METHODS[method].asks_teacher == {Part.LOGITS} else set()
-        assert parts == {part.value for part in asked - {Part.LOGITS}} | logits
+        logits = {"logits"} if METHODS[method].asks_teacher == {Feature.LOGITS} else set()
+        assert parts == {part.value for part in asked - {Feature.LOGITS}} | logits
     assert len(set(runs["looks_at"])) > 4
 
 
@@ -212,12 +213,12 @@ def test_a_second_study_runs_the_projects_code(second: tuple[Path, str, dict[Pat
     """From the project's folder, by name; nothing says where kdlib is but the study's own dvc.yaml."""
     place, _, _ = second
     folder = place.parents[1]
-    edit(folder, "Which loss on the hard label, beside", "What hard label, beside", "kdlib/tables/by_label.py")
+    edit(folder, "Which loss on the hard label, beside", "What hard label, beside", "kdlib/study/report/tables/by_label.py")
     printed = project.run(folder, "python", "-m", "kdlib.study", "run", "methods")
     assert project.stages(printed) == ["tables"]
     assert "Tables: studies/methods/results/tables" in printed
     assert (place / "results/tables/losses.md").read_text().startswith("### What hard label, beside")
-    edit(folder, "What hard label, beside", "Which loss on the hard label, beside", "kdlib/tables/by_label.py")
+    edit(folder, "What hard label, beside", "Which loss on the hard label, beside", "kdlib/study/report/tables/by_label.py")
     project.run(folder, "python", "-m", "kdlib.study", "run", "methods")
 
 
@@ -227,7 +228,7 @@ def test_runs_of_every_study_are_used(second: tuple[Path, str, dict[Path, bytes]
     shown = [project.run(where, "env", f"PYTHONPATH={folder}", "python", "-m", "kdlib.study", "gc") for where in (folder, place)]
     unused = [re.search(r"(\d+) runs, .*\n +not used by any runs/: (\d+) runs", text) for text in shown]
     assert unused[0] and unused[1] and unused[0].groups() == unused[1].groups()
-    used = {results.read_json(path)["fingerprint"] for home in (folder, place) for path in (home / "runs").rglob("run.json")}
+    used = {read_json(path)["fingerprint"] for home in (folder, place) for path in (home / "runs").rglob("run.json")}
     assert int(unused[0][1]) - int(unused[0][2]) == len(used)
 
 
@@ -298,9 +299,9 @@ def test_gc_shows_and_frees(done: tuple[Path, str]) -> None:
 
 def same_results(folder: Path, undisturbed: Path) -> None:
     """Every run's numbers and weights are the undisturbed study's, byte for byte."""
-    for run in plan.expected(load(folder)):
+    for run in planned.expected(load(folder)):
         for name in ("metrics.json", "curve.csv", "weights.safetensors"):
-            here, there = (results.run_folder(place, run) / name for place in (folder, undisturbed))
+            here, there = (planned.run_folder(place, run) / name for place in (folder, undisturbed))
             assert here.read_bytes() == there.read_bytes(), (run, name)
 
 
@@ -368,7 +369,7 @@ def test_code_edited_during_a_stage_is_not_recorded(tmp_path: Path) -> None:
     ]
     (folder / "build/nb").mkdir(parents=True)
     (folder / "build/nb/1_data.ipynb").write_text(json.dumps(notebook))
-    printed = project.run(folder, "python", "-m", "kdlib.notebook", "run", "data@fractals", code=1)
+    printed = project.run(folder, "python", "-m", "kdlib.study.cli.notebook", "run", "data@fractals", code=1)
     assert "data@fractals: code or parameters changed while it ran" in printed
     assert not (folder / "runs/notebooks").exists()
 
@@ -390,8 +391,8 @@ def test_a_stage_depends_on_every_module_that_its_notebook_imports(study: str, t
             for node in ast.walk(ast.parse("".join(cell["source"]))):
                 if isinstance(node, ast.ImportFrom):
                     named |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
-    modules = provenance.closure(name for name in named if name.startswith("kdlib.") and provenance.path(name).is_file())
-    files = {provenance.path(module).relative_to(tiny.ROOT).as_posix() for module in modules}
+    modules = code_hash.closure(name for name in named if name.startswith("kdlib.") and code_hash.path(name).is_file())
+    files = {code_hash.path(module).relative_to(tiny.ROOT).as_posix() for module in modules}
     kdlib = Path(os.path.relpath(tiny.ROOT, STUDIES[study])) / "kdlib"
     deps = {f"kdlib/{Path(dep).relative_to(kdlib)}" for dep in stage.deps if Path(dep).is_relative_to(kdlib)}
     covered = {dep: {file for file in files if file == dep or file.startswith(dep + "/")} for dep in deps}

@@ -7,29 +7,33 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from kdlib import plots, tables
-from kdlib.config import Study
-from kdlib.plots import scales
+from kdlib.config.schema import Params
+from kdlib.study.report import build, plots
+from kdlib.study.report.plots import scales
+from kdlib.study.report.plots.curves import learning_curves, teacher_curve
+from kdlib.study.report.plots.scales import data_scale
+from kdlib.study.report.plots.style import colours, save
+from kdlib.study.report.plots.tuning import grids
 from tests import builders
 
 
 @pytest.fixture(scope="module")
-def study() -> Study:
+def study() -> Params:
     return builders.study()
 
 
 @pytest.fixture(scope="module")
-def found(study: Study, tmp_path_factory: pytest.TempPathFactory) -> tables.Numbers:
+def found(study: Params, tmp_path_factory: pytest.TempPathFactory) -> build.Numbers:
     return builders.numbers(tmp_path_factory.mktemp("study"), study)
 
 
 @pytest.fixture(scope="module")
-def runs(found: tables.Numbers) -> pd.DataFrame:
+def runs(found: build.Numbers) -> pd.DataFrame:
     return found.runs
 
 
 @pytest.fixture(scope="module")
-def numbers(found: tables.Numbers) -> pd.DataFrame:
+def numbers(found: build.Numbers) -> pd.DataFrame:
     return found.published
 
 
@@ -41,14 +45,14 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def test_the_figures_are_those_of_the_tables(study: Study, found: tables.Numbers) -> None:
+def test_the_figures_are_those_of_the_tables(study: Params, found: build.Numbers) -> None:
     assert list(plots.build(study, found)) == ["teachers", "data_scale", "accuracy_digits", "learning_curves_digits", "grid_tune"]
     assert list(plots.build(builders.study(tables=["cost", "measures"]), found)) == ["teachers"]
-    assert set(plots.FIGURES) <= set(tables.TABLES)
+    assert set(plots.FIGURES) <= set(build.TABLES)
 
 
-def test_the_figure_of_data_scale_draws_the_leads(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
-    figure = plots.data_scale(study, runs, numbers)
+def test_the_figure_of_data_scale_draws_the_leads(study: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
+    figure = data_scale(study, runs, numbers)
     weak, strong, paper = figure.axes
     drawn = {container.get_label(): container[0].get_ydata() for container in weak.containers}
     assert drawn["dkd"] == pytest.approx([31 / 3, 5 / 3])
@@ -61,44 +65,44 @@ def test_the_figure_of_data_scale_draws_the_leads(study: Study, runs: pd.DataFra
     assert all(low <= y <= high for segment in ends for _, y in segment), "no interval is cut off"
 
 
-def test_the_other_figures_show_every_run(study: Study, runs: pd.DataFrame) -> None:
+def test_the_other_figures_show_every_run(study: Params, runs: pd.DataFrame) -> None:
     dots = scales.accuracy(study, runs, "digits")
     assert (
         sum(len(collection.get_offsets()) for panel in dots.axes for collection in panel.collections if len(collection.get_offsets()) == 3)
         == 48
     )
-    grids = plots.grids(study, runs, "tune")
-    assert [patch.get_xy() for panel in grids.axes for patch in panel.patches] == [(0, 1), (1, 1)], "the frames of the chosen points"
-    lines = plots.learning_curves(study, curves(runs), "digits")
+    squares = grids(study, runs, "tune")
+    assert [patch.get_xy() for panel in squares.axes for patch in panel.patches] == [(0, 1), (1, 1)], "the frames of the chosen points"
+    lines = learning_curves(study, curves(runs), "digits")
     assert [len(panel.lines) for panel in lines.axes] == [4 * (3 + 1)] * 4
-    teacher = plots.teacher_curve(curves(runs).query("variant == 'kd'").rename(columns={"comparison": "teacher"}), builders.TEACHERS)
+    teacher = teacher_curve(curves(runs).query("variant == 'kd'").rename(columns={"comparison": "teacher"}), builders.TEACHERS)
     assert teacher.get_suptitle()
 
 
-def test_a_diverged_seed_does_not_bend_the_mean_curve(study: Study, runs: pd.DataFrame) -> None:
+def test_a_diverged_seed_does_not_bend_the_mean_curve(study: Params, runs: pd.DataFrame) -> None:
     frame = curves(runs)
     frame = frame[~((frame["comparison"] == "small_weak") & (frame["variant"] == "kd") & (frame["seed"] == 1) & (frame["epoch"] > 1))]
-    panel = plots.learning_curves(study, frame, "digits").axes[0]
+    panel = learning_curves(study, frame, "digits").axes[0]
     mean = next(line for line in panel.lines if line.get_label() == "kd (n=2)")
     assert mean.get_ydata() == pytest.approx([51 / 3, 34, 51])
 
 
-def test_saved_figures_repeat_byte_for_byte(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame, tmp_path: Path) -> None:
+def test_saved_figures_repeat_byte_for_byte(study: Params, runs: pd.DataFrame, numbers: pd.DataFrame, tmp_path: Path) -> None:
     for folder in ("a", "b"):
-        plots.save(plots.data_scale(study, runs, numbers), tmp_path / folder, "data_scale")
+        save(data_scale(study, runs, numbers), tmp_path / folder, "data_scale")
     for name in ("data_scale.svg", "data_scale.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert "<dc:date>" not in (tmp_path / "a" / "data_scale.svg").read_text()
 
 
-def test_a_method_has_one_colour_in_every_figure(study: Study, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
-    wanted = plots.colours(study)["dkd"]
-    assert plots.colours(study)["dkd_tuned"] == wanted
-    assert len(set(plots.colours(study).values())) == len(study.methods)
+def test_a_method_has_one_colour_in_every_figure(study: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
+    wanted = colours(study)["dkd"]
+    assert colours(study)["dkd_tuned"] == wanted
+    assert len(set(colours(study).values())) == len(study.methods)
 
     def drawn(figure: Figure, label: str) -> tuple[float, float, float]:
         return to_rgb(next(line for line in figure.axes[0].lines if line.get_label() == label).get_color())
 
-    assert drawn(plots.learning_curves(study, curves(runs), "digits"), "dkd (n=3)") == pytest.approx(wanted)
-    bar = plots.data_scale(study, runs, numbers).axes[-1].containers[0]
+    assert drawn(learning_curves(study, curves(runs), "digits"), "dkd (n=3)") == pytest.approx(wanted)
+    bar = data_scale(study, runs, numbers).axes[-1].containers[0]
     assert bar.get_label() == "dkd" and to_rgb(bar[0].get_facecolor()) == pytest.approx(wanted)

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib import identity, provenance
-from kdlib.config import ComputeParams, Recipe
-from kdlib.experiment import Experiment, Planned
-from kdlib.identity import UNCOUNTED
+from kdlib.config.schema import ComputeParams, Recipe
+from kdlib.engine.train import Setting
 from kdlib.losses import METHODS
-from kdlib.plan import Variant
-from kdlib.provenance import closure, fingerprint
-from kdlib.train.run import Setting
+from kdlib.study.training import code_hash, identity
+from kdlib.study.training.code_hash import closure, fingerprint
+from kdlib.study.training.experiment import Experiment, Planned
+from kdlib.study.training.identity import UNCOUNTED
+from kdlib.study.training.planned import Variant
 from tests import tiny, training
 
-TRAINS = "kdlib.train.run"
+TRAINS = "kdlib.engine.train"
 EVERY = set(METHODS)
 # Whose runs a change to a module's code repeats. A module that is missing here fails a test: decide where it belongs.
 REPEATS: dict[str, set[str]] = {
@@ -34,17 +34,18 @@ REPEATS: dict[str, set[str]] = {
     "kdlib.losses.kd": {"kd", "dkd", "funmatch", "lskd"},
     "kdlib.losses.target": {"dkd", "nkd"},
     "kdlib.losses.stages": {"at", "cc", "crd", "fitnet", "ofa", "reviewkd", "rkd", "sp", "vid"},
-    **dict.fromkeys(("kdlib.losses.base", "kdlib.losses.hard", "kdlib.ranks", "kdlib.seed", "kdlib.types"), EVERY),
+    **dict.fromkeys(("kdlib.losses.base", "kdlib.losses.hard", "kdlib.parallel.ranks", "kdlib.seed", "kdlib.types"), EVERY),
     **dict.fromkeys(
-        (f"kdlib.data.{name}" for name in ("augment", "erasing", "mixing", "pil", "place", "randaugment", "splits", "stream")), EVERY
+        (f"kdlib.data.sources.{name}" for name in ("augment", "erasing", "mixing", "pil", "place", "randaugment", "splits", "stream")),
+        EVERY,
     ),
-    **dict.fromkeys((f"kdlib.data.{name}" for name in ("originals", "paths", "reading")), EVERY),
+    **dict.fromkeys((f"kdlib.data.sources.{name}" for name in ("originals", "paths", "reading")), EVERY),
     **dict.fromkeys(("kdlib.decoding", *(f"kdlib.decoding.{name}" for name in ("pixels", "pool"))), EVERY),
-    **dict.fromkeys(("kdlib.models", "kdlib.models.build", "kdlib.models.features", "kdlib.train"), EVERY),
-    **dict.fromkeys(("kdlib.models.cifar", "kdlib.models.small"), EVERY),
+    **dict.fromkeys(("kdlib.models", "kdlib.models.build", "kdlib.models.features", "kdlib.engine"), EVERY),
+    **dict.fromkeys(("kdlib.models.cifar", "kdlib.models.resnet_small"), EVERY),
     **dict.fromkeys(
         (
-            f"kdlib.train.{name}"
+            f"kdlib.engine.{name}"
             for name in (
                 "ahead",
                 "answers",
@@ -71,34 +72,62 @@ REPEATS: dict[str, set[str]] = {
 REPEATS_NOTHING = {
     *(
         "kdlib",
-        "kdlib.config",
-        "kdlib.schema",
-        "kdlib.checks",
-        "kdlib.plan",
-        "kdlib.experiment",
-        "kdlib.identity",
-        "kdlib.provenance",
-        "kdlib.store",
+        "kdlib.config.reader",
+        "kdlib.config.schema",
+        "kdlib.study.training.checks",
+        "kdlib.study.training.planned",
+        "kdlib.study.training.experiment",
+        "kdlib.study.training.identity",
+        "kdlib.study.training.code_hash",
+        "kdlib.study.training.store",
     ),
-    *("kdlib.models.layouts", "kdlib.models.loading"),  # a checkpoint is known by its bytes, and measured anew each time
-    *("kdlib.data", "kdlib.losses"),  # registries: name -> module
-    *("kdlib.train.progress", "kdlib.train.workers", "kdlib.train.launch", "kdlib.train.schedule"),  # what is shown, and where it is done
-    *(f"kdlib.data.{name}" for name in ("chaos", "cifar100", "digits", "evaluation_sets", "files", "folder", "fractals", "imagenet")),
-    *("kdlib.toy", "kdlib.disagreements", *(f"kdlib.disagreements.{name}" for name in ("base", "features", "logits"))),
-    *("kdlib.results", "kdlib.published", "kdlib.stats", "kdlib.show", "kdlib.explore", "kdlib.export", "kdlib.evaluate"),
-    *("kdlib.notebook", "kdlib.study", "kdlib.bill", "kdlib.forecast", "kdlib.outlook", "kdlib.train.trial", "kdlib.data.imagined"),
-    "kdlib.slurm",
-    "kdlib.detection",
-    *(f"kdlib.detection.{name}" for name in ("backbone", "cascade", "coco", "evaluate", "fit", "model", "optimizer", "settings")),
-    *("kdlib.detection.table", "kdlib.detection.train"),
-    "kdlib.decoding.worker",  # passes on what kdlib.decoding.pixels makes
-    *(f"kdlib.data.{name}" for name in ("class_map", "huggingface", "listing")),
-    "kdlib.decoding.shards",  # what they find is in the data's fingerprint
-    *("kdlib.plots", *(f"kdlib.plots.{name}" for name in ("by_method", "curves", "scales", "style", "tuning"))),
+    *("kdlib.models.layouts", "kdlib.models.checkpoints"),  # a checkpoint is known by its bytes, and measured anew each time
+    *("kdlib.data.sources", "kdlib.losses"),  # registries: name -> module
     *(
-        "kdlib.tables",
+        "kdlib.parallel.progress",
+        "kdlib.parallel.workers",
+        "kdlib.parallel.launch",
+        "kdlib.parallel.placement",
+    ),  # what is shown, and where it is done
+    *(
+        f"kdlib.data.sources.{name}"
+        for name in ("chaos", "cifar100", "digits", "evaluation_sets", "files", "folder", "fractals", "imagenet")
+    ),
+    *(
+        "kdlib.study.display.methods",
+        "kdlib.study.display.discrepancies",
+        *(f"kdlib.study.display.discrepancies.{name}" for name in ("base", "features", "logits")),
+    ),
+    *(
+        "kdlib.study.report.collect",
+        "kdlib.study.report.published",
+        "kdlib.study.report.stats",
+        "kdlib.study.display.stages",
+        "kdlib.study.display.explore",
+        "kdlib.study.cli.export",
+        "kdlib.study.cli.evaluate",
+    ),
+    *(
+        "kdlib.study.cli.notebook",
+        "kdlib.study.cli.study",
+        "kdlib.study.cost.table",
+        "kdlib.study.cost.estimate",
+        "kdlib.study.cost.plan",
+        "kdlib.engine.probe",
+        "kdlib.study.cost.synthetic_data",
+    ),
+    "kdlib.study.cli.slurm",
+    "projects.detection",
+    *(f"projects.detection.{name}" for name in ("backbone", "cascade", "coco", "evaluate", "fit", "model", "optimizer", "settings")),
+    *("projects.detection.table", "projects.detection.train"),
+    "kdlib.decoding.worker",  # passes on what kdlib.decoding.pixels makes
+    *(f"kdlib.data.sources.{name}" for name in ("class_map", "huggingface", "listing")),
+    "kdlib.decoding.shards",  # what they find is in the data's fingerprint
+    *("kdlib.study.report.plots", *(f"kdlib.study.report.plots.{name}" for name in ("by_method", "curves", "scales", "style", "tuning"))),
+    *(
+        "kdlib.study.report.build",
         *(
-            f"kdlib.tables.{name}"
+            f"kdlib.study.report.build.{name}"
             for name in ("by_label", "by_method", "comparisons", "effort", "leads", "readme", "render", "reproduction")
         ),
     ),
@@ -109,7 +138,7 @@ REPEATS_NOTHING = {
 def package(tmp_path: Path) -> Path:
     """A copy of kdlib that may be edited."""
     copy = tmp_path / "kdlib"
-    shutil.copytree(provenance.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(code_hash.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     return copy
 
 
@@ -133,7 +162,7 @@ def codes(package: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def before() -> dict[str, str]:
     """Of the code as it is."""
-    return codes(provenance.PACKAGE)
+    return codes(code_hash.PACKAGE)
 
 
 def small(**changes: Any) -> Setting:
@@ -147,7 +176,7 @@ def described_setting() -> Setting:
 
 
 def modules() -> set[str]:
-    parts = [path.relative_to(provenance.PACKAGE).with_suffix("").parts for path in provenance.PACKAGE.rglob("*.py")]
+    parts = [path.relative_to(code_hash.PACKAGE).with_suffix("").parts for path in code_hash.PACKAGE.rglob("*.py")]
     return {".".join(("kdlib", *part)).removesuffix(".__init__") for part in parts}
 
 
@@ -215,7 +244,7 @@ def test_a_change_repeats_exactly_the_runs_that_it_can_change(package: Path, bef
 
 def test_a_module_that_training_comes_to_import_counts_at_once(package: Path) -> None:
     (package / "train" / "new.py").write_text("FACTOR = 1\n")
-    edit(package / "train" / "fit.py", lambda code: code.replace("\nimport time\n", "\nimport time\n\nimport kdlib.train.new\n", 1))
+    edit(package / "train" / "fit.py", lambda code: code.replace("\nimport time\n", "\nimport time\n\nimport kdlib.engine.new\n", 1))
     before = codes(package)
     edit(package / "train" / "new.py", lambda code: code.replace("1", "2"))
     assert codes(package)["kd"] != before["kd"]
@@ -264,13 +293,13 @@ print(json.dumps([name for name in sys.modules if name.startswith("kdlib.")]))
 @pytest.mark.parametrize("stop", [[], sorted(UNCOUNTED)])
 def test_the_closure_is_what_an_interpreter_imports(stop: list[str]) -> None:
     roots = [TRAINS, "kdlib.losses.dkd"]
-    later = set() if stop else {"kdlib.data.chaos"}  # imported when fractals are made
+    later = set() if stop else {"kdlib.data.sources.ifs_numba"}  # imported when fractals are made
     assert closure(roots, stop) == imported(roots, stop) | later
 
 
 def test_the_closure_by_name() -> None:
     found = closure([TRAINS, "kdlib.losses.dkd"], UNCOUNTED)
-    assert {"kdlib.losses.kd", "kdlib.losses.base", "kdlib.losses.hard", "kdlib.models.small", "kdlib.data.randaugment"} <= found
+    assert {"kdlib.losses.kd", "kdlib.losses.base", "kdlib.losses.hard", "kdlib.models.resnet_small", "kdlib.views.randaugment"} <= found
     assert not found & {"kdlib.losses.dist", "kdlib.losses.no_kd", *UNCOUNTED}
     assert closure([TRAINS], {TRAINS}) == set()
 

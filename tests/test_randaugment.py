@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from timm.data import auto_augment as timm_ops
 
-from kdlib.config import RandAugmentParams
-from kdlib.data import randaugment
-from kdlib.data.randaugment import OPERATIONS
+from kdlib.config.schema import RandAugmentParams
+from kdlib.views import randaugment
+from kdlib.views.randaugment import OPERATIONS
 
 MAGNITUDES = np.array([0.0, 0.4, 1.0, 3.3, 5.0, 6.5, 7.0, 7.49, 9.9, 10.0])
 MOVEMENTS = ["Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]

@@ -12,12 +12,12 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import nn
 
 from kdlib import config
-from kdlib.config import Recipe
-from kdlib.experiment import Experiment
+from kdlib.config.schema import Recipe
+from kdlib.engine.learner import Learner, total_steps
+from kdlib.engine.lr_schedule import scheduler, set_rate
 from kdlib.losses.fitnet import FitNet
-from kdlib.models import build
-from kdlib.train.learner import Learner, total_steps
-from kdlib.train.rates import scheduler, set_rate
+from kdlib.models.build import build
+from kdlib.study.training.experiment import Experiment
 from tests import published_recipes, tiny, training
 from tests.published_recipes import IMAGES, PREVIOUS, STRONG
 from tests.refusals import change, refused

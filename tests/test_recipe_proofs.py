@@ -15,16 +15,16 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from kdlib.config import Recipe
-from kdlib.data import mixing
-from kdlib.data.mixing import Mix
-from kdlib.data.stream import ViewStream
+from kdlib.config.schema import Recipe
+from kdlib.engine.learner import Learner, total_steps
 from kdlib.losses import HARD
 from kdlib.losses.base import Method
-from kdlib.models import Classifier, build
+from kdlib.models.build import Classifier, build
 from kdlib.seed import seed_torch
-from kdlib.train.learner import Learner, total_steps
 from kdlib.types import Batch
+from kdlib.views import mixup
+from kdlib.views.mixup import Mix
+from kdlib.views.stream import ViewStream
 from tests import published_recipes, training
 from tests.published_recipes import IMAGES, STRONG
 
@@ -62,13 +62,13 @@ def test_mixed_images_targets_and_hard_losses_are_the_official_loaders(strategy:
     recipe = published_recipes.strong(strategy)
     mixed, plain = stream(recipe), stream(recipe.model_copy(update={"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0}))
     drawn: list[Mix] = []
-    draw = mixing.draw
+    draw = mixup.draw
 
     def spy(*among: Any) -> Mix:
         drawn.append(draw(*among))
         return drawn[-1]
 
-    monkeypatch.setattr(mixing, "draw", spy)
+    monkeypatch.setattr(mixup, "draw", spy)
     logits = torch.randn(16, CLASSES, generator=torch.Generator().manual_seed(0)) * 3
     for step in range(6):
         for group in range(4):

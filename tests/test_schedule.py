@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from kdlib.config import Launch
-from kdlib.train.schedule import Schedule
+from kdlib.config.schema import Launch
+from kdlib.parallel.placement import Placement
 
 ALONE = Launch(processes=1, nodes=1, rendezvous=None)
 TWO = Launch(processes=2, nodes=1, rendezvous=None)
 
 
-def on(cores: int) -> Schedule:
-    return Schedule(cores, ALONE, RuntimeError)
+def on(cores: int) -> Placement:
+    return Placement(cores, ALONE, RuntimeError)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,9 @@ def test_cores_are_kept_busy(cores: int, variants: int, seeds: int, sizes: list[
 
 
 def test_gpus_and_processes_that_train_together_have_nothing_side_by_side() -> None:
-    assert Schedule.on(torch.device("cpu"), ALONE, RuntimeError).cores == torch.get_num_threads()
-    assert Schedule.on(torch.device("cuda"), ALONE, RuntimeError).cores == 1
-    assert Schedule.on(torch.device("cpu"), TWO, RuntimeError).cores == 1
+    assert Placement.on(torch.device("cpu"), ALONE, RuntimeError).cores == torch.get_num_threads()
+    assert Placement.on(torch.device("cuda"), ALONE, RuntimeError).cores == 1
+    assert Placement.on(torch.device("cpu"), TWO, RuntimeError).cores == 1
 
 
 def test_one_core_works_in_turn_and_here() -> None:

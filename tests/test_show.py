@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdlib import show
-from kdlib.data.splits import DataSet, Split
+from kdlib.data.dataset import DataSet, Split
+from kdlib.study.display import stages
 
 
 @pytest.fixture(autouse=True)
@@ -56,26 +56,26 @@ def _folder(root: Path, name: str) -> Path:
 
 
 def test_facts(data: DataSet) -> None:
-    facts = show.facts(data)
+    facts = stages.facts(data)
     assert (facts["train images"], facts["test images"]) == (7, 6)
     assert facts["image"] == f"8 x 8 x {data.channels}"
     assert facts["mean"] == ", ".join(["0.2500"] * data.channels)
 
 
 def test_classes_shows_each_class_in_its_row(data: DataSet) -> None:
-    axes = np.array(show.classes(data, rows=3, columns=2).axes).reshape(3, 2)
+    axes = np.array(stages.classes(data, rows=3, columns=2).axes).reshape(3, 2)
     shown = [[int(axis.images[0].get_array().ravel()[0]) for axis in row] for row in axes]
     assert shown == [[0, 5], [1, 4], [2, 3]]
     assert [row[0].get_ylabel() for row in axes] == data.class_names
 
 
 def test_balance_counts_every_split(data: DataSet) -> None:
-    heights = [[bar.get_height() for bar in axis.patches] for axis in show.balance(data).axes]
+    heights = [[bar.get_height() for bar in axis.patches] for axis in stages.balance(data).axes]
     assert heights == [[3, 2, 2], [1, 1, 1], [2, 2, 2]]
 
 
 def test_by_class(data: DataSet, answers: pd.DataFrame) -> None:
-    found = show.by_class(data, answers)
+    found = stages.by_class(data, answers)
     assert list(found.index) == ["a very long name of a cat", "ant", "bee"]  # least agreed on first, then in the order of the classes
     assert found["images"].tolist() == [2, 2, 2]
     assert found["teacher_top1"].tolist() == [0, 1, 1]
@@ -84,11 +84,11 @@ def test_by_class(data: DataSet, answers: pd.DataFrame) -> None:
 
 
 def test_by_class_leaves_out_classes_without_images(data: DataSet, answers: pd.DataFrame) -> None:
-    assert list(show.by_class(data, answers[answers["label"] == 1]).index) == ["bee"]
+    assert list(stages.by_class(data, answers[answers["label"] == 1]).index) == ["bee"]
 
 
 def test_disagreements(data: DataSet, answers: pd.DataFrame) -> None:
-    figure = show.disagreements(data, answers, columns=2)
+    figure = stages.disagreements(data, answers, columns=2)
     assert figure.get_suptitle() == "zoo: teacher and student differ on 4 of 6 test images"
     rows = np.array(figure.axes).reshape(3, 2)
     shown = [[int(axis.images[0].get_array().ravel()[0]) for axis in row if axis.images] for row in rows]
@@ -102,14 +102,14 @@ def test_disagreements(data: DataSet, answers: pd.DataFrame) -> None:
 
 
 def test_disagreements_with_fewer_ways_or_none(data: DataSet, answers: pd.DataFrame) -> None:
-    assert len(show.disagreements(data, answers.iloc[:3], columns=5).axes) == 5
-    agreed = show.disagreements(data, answers.iloc[[0, 3]])
+    assert len(stages.disagreements(data, answers.iloc[:3], columns=5).axes) == 5
+    agreed = stages.disagreements(data, answers.iloc[[0, 3]])
     assert agreed.get_suptitle() == "zoo: teacher and student differ on 0 of 2 test images"
     assert not any(axis.images for axis in agreed.axes)
 
 
 def test_run_puts_validation_and_test_side_by_side(tmp_path: Path) -> None:
-    found = show.run(_folder(tmp_path, "kd"))
+    found = stages.run(_folder(tmp_path, "kd"))
     assert list(found.columns) == ["/".join((tmp_path / "kd").parts[-3:])]
     assert found.iloc[:, 0].to_dict() == {
         "variant": "kd",
@@ -126,7 +126,7 @@ def test_run_puts_validation_and_test_side_by_side(tmp_path: Path) -> None:
 def test_run_of_a_trial_has_no_test(tmp_path: Path) -> None:
     folder = _folder(tmp_path, "kd")
     (folder / "metrics.json").write_text(json.dumps({"status": "finished", "val_top1": 0.5}))
-    assert show.run(folder).iloc[-1, 0] == "0.5000"
+    assert stages.run(folder).iloc[-1, 0] == "0.5000"
 
 
 def test_measures(tmp_path: Path) -> None:
@@ -134,29 +134,29 @@ def test_measures(tmp_path: Path) -> None:
     (diverged / "metrics.json").write_text(json.dumps({"status": "diverged", "diverged_step": 0}))
     pd.DataFrame(columns=["images_seen", "loss", "val_top1"]).to_csv(diverged / "curve.csv", index=False)
     named = {"mine": _folder(tmp_path, "kd"), "other": diverged}
-    found = show.measures(named)
+    found = stages.measures(named)
     assert list(found.columns) == ["status", "training loss", "top1", "nll"]
     assert found.loc["mine"].tolist() == ["finished", 1.5, 0.5, 1.25]
     assert found.loc["other", "status"] == "diverged"
     assert found.loc["other", ["training loss", "top1"]].isna().all()
-    assert show.measures(named, "test").loc["mine", "top1"] == 0.4
+    assert stages.measures(named, "test").loc["mine", "top1"] == 0.4
 
 
 def test_metrics_drops_what_is_blank_everywhere() -> None:
-    found = show.metrics({"a": {"top1": 0.5, "none": None}, "b": {"top1": 0.25}})
+    found = stages.metrics({"a": {"top1": 0.5, "none": None}, "b": {"top1": 0.25}})
     assert found.to_dict() == {"a": {"top1": 0.5}, "b": {"top1": 0.25}}
 
 
 def test_runs_and_names(tmp_path: Path) -> None:
     folders = [_folder(tmp_path, "small/kd/seed_0"), _folder(tmp_path, "small/trial/kd.weight_2/seed_0")]
-    assert show.by_name(folders) == {"kd, seed 0": folders[0]}
-    assert show.runs(folders)["test_top1"].tolist() == [0.4, 0.4]
-    assert "diverged_cause" not in show.runs(folders)
+    assert stages.by_name(folders) == {"kd, seed 0": folders[0]}
+    assert stages.runs(folders)["test_top1"].tolist() == [0.4, 0.4]
+    assert "diverged_cause" not in stages.runs(folders)
 
 
 def test_curves_colour_runs_by_method(tmp_path: Path) -> None:
     named = {f"{name}, seed {seed}": _folder(tmp_path, f"{name}{seed}") for name in ("kd", "dkd") for seed in (0, 1)}
-    left, right = show.curves(named).axes
+    left, right = stages.curves(named).axes
     assert [line.get_color() for line in left.lines] == ["C0", "C0", "C1", "C1"]
     assert right.lines[0].get_xydata().tolist() == [[16, 25], [24, 50]]  # per cent, where it was measured
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["kd", "dkd"]

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from kdlib.train import checkpoint, signals
-from kdlib.train.learner import Learner
-from kdlib.train.signals import SIGNALS, Stopped, asked_to_stop, held_back
+from kdlib.engine import checkpoint
+from kdlib.engine.learner import Learner
+from kdlib.parallel import signals
+from kdlib.parallel.signals import SIGNALS, Stopped, asked_to_stop, held_back
 from tests import tiny, training
 from tests.test_workers import TWO_CORES, study, two_cores  # noqa: F401 (a fixture)
 from tests.training import method, setting, trained
@@ -64,7 +65,7 @@ def test_every_step_is_a_place_to_stop_at(tmp_path: Path, monkeypatch: pytest.Mo
     advanced: list[str] = []
     advance = Learner.advance
     monkeypatch.setattr(Learner, "advance", lambda self: (advanced.append(self.name), advance(self)))
-    monkeypatch.setattr("kdlib.train.fit.asked_to_stop", lambda: bool(advanced))
+    monkeypatch.setattr("kdlib.engine.loop.asked_to_stop", lambda: bool(advanced))
     for step in range(1, 13):
         advanced.clear()
         with pytest.raises(Stopped, match=f"stopped after step {step} of 12"):
@@ -159,7 +160,7 @@ def test_a_notebook_whose_kernel_dies_says_so_in_one_line(tmp_path: Path, asked:
     notebook = {"cells": [cell | {"source": source}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     (tmp_path / "one.ipynb").write_text(json.dumps(notebook))
     done = subprocess.run(
-        [sys.executable, "-m", "kdlib.notebook", "run", "one"], cwd=tmp_path, check=False, capture_output=True, text=True,
+        [sys.executable, "-m", "kdlib.study.cli.notebook", "run", "one"], cwd=tmp_path, check=False, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(tiny.ROOT)},
     )  # fmt: skip
     assert done.returncode == code, done.stderr

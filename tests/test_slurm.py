@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from kdlib.config import Launch, Refused
+from kdlib.config.schema import Launch
+from kdlib.errors import Refused
 
-slurm = pytest.importorskip("kdlib.slurm", reason="submitit is not installed")
+slurm = pytest.importorskip("kdlib.study.cli.slurm", reason="submitit is not installed")
 
 
 def asked(**changed: Any) -> Any:

@@ -8,8 +8,8 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdlib import stats
 from kdlib.seed import generator
+from kdlib.study.report import stats
 
 NUMBERS = st.floats(-10, 10).map(lambda value: round(value, 3))
 BY_SEED = st.dictionaries(st.integers(0, 20), NUMBERS, min_size=2, max_size=8)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kdlib import experiment
-from kdlib.experiment import Experiment
-from kdlib.store import FILES, METRICS, Store, beside_dvc_cache
+from kdlib.study.training import experiment
+from kdlib.study.training.experiment import Experiment
+from kdlib.study.training.store import FILES, METRICS, Store, beside_dvc_cache
 from tests import training
 
 RUN = "0123456789abcdef"

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from kdlib import config, tables
-from kdlib.experiment import Experiment
+from kdlib import config
 from kdlib.losses import METHODS, looks_at
+from kdlib.study.report import build
+from kdlib.study.report.differences import hard_labels
+from kdlib.study.report.readme import insert_between_markers
+from kdlib.study.training.experiment import Experiment
 from tests import tiny
 
 STUDIES = [tiny.ROOT, *sorted(path.parent for path in (tiny.ROOT / "studies").glob("*/params.yaml"))]
@@ -38,9 +41,9 @@ def test_one_name_means_one_thing_in_all_studies(one: Path, other: Path) -> None
 @each
 def test_a_study_is_accepted_and_has_its_tables_and_readme(folder: Path) -> None:
     study = Experiment(folder).study
-    assert set(study.study.tables) <= set(tables.TABLES)
+    assert set(study.study.tables) <= set(build.TABLES)
     text = (folder / "README.md").read_text("utf-8")
-    assert tables.insert_between_markers(text, "block", "results") != text
+    assert insert_between_markers(text, "block", "results") != text
 
 
 def test_the_study_of_methods_is_like_for_like() -> None:
@@ -50,7 +53,7 @@ def test_the_study_of_methods_is_like_for_like() -> None:
     assert set(items["small"].methods) == set(items["large"].methods) == set(METHODS)
     assert {study.study.baseline, *study.study.challengers} == set(METHODS)
     assert items["small"].model_copy(update={"fraction": 1.0}) == items["large"]
-    groups = tables.hard_labels(study)
+    groups = hard_labels(study)
     assert groups == [{"ce": "large", "bce": "large_bce", "none": "large_none"}]
     assert items["large_bce"].methods == items["large_none"].methods == ["kd", "bkl"]
 

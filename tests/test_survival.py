@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from kdlib.config import Refused
-from kdlib.experiment import Experiment
+from kdlib.engine import checkpoint, loop
+from kdlib.engine.train import Job
+from kdlib.errors import Refused
 from kdlib.seed import generator
-from kdlib.train import checkpoint, fit
-from kdlib.train.run import Job
+from kdlib.study.training.experiment import Experiment
 from tests import training
 from tests.test_engine import ALL as EVERY
 from tests.test_engine import Breaks
@@ -293,7 +293,7 @@ def test_killed_while_the_results_are_written(
 @pytest.mark.parametrize("saves", [1, 3, 4, 7, 8, 9])
 def test_a_diverged_run_ends_alike_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
     """Stopped before its divergence (at step 1), between that and the check that ends it (after step 6), and later."""
-    monkeypatch.setattr(fit, "CHECK_STEPS", 4)
+    monkeypatch.setattr(loop, "CHECK_STEPS", 4)
     methods = {"breaks": lambda: Breaks(at=1), "kd": ALL["kd"]}
     alike = trained(setting(), methods, tmp_path / "undisturbed")
     stop_after(monkeypatch, saves, lambda: trained(setting(), methods, tmp_path / "stopped", save_seconds=0.0))
@@ -302,7 +302,7 @@ def test_a_diverged_run_ends_alike_too(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_diverged_run_that_lags_behind_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Caught up alone, it ends before the others' first step of today."""
-    monkeypatch.setattr(fit, "CHECK_STEPS", 1)
+    monkeypatch.setattr(loop, "CHECK_STEPS", 1)
     kd = trained(setting(), {"kd": ALL["kd"]}, tmp_path / "alone")["kd"]
     stop_after(monkeypatch, 5, lambda: trained(setting(), {"kd": ALL["kd"]}, tmp_path / "study", save_seconds=0.0))
     both = trained(setting(), {"breaks": lambda: Breaks(at=1), "kd": ALL["kd"]}, tmp_path / "study", save_seconds=0.0)
@@ -318,7 +318,7 @@ def test_checkpoints_wait_for_their_time(tmp_path: Path, monkeypatch: pytest.Mon
         now += 3.0
         return now
 
-    monkeypatch.setattr(fit.time, "monotonic", clock)
+    monkeypatch.setattr(loop.time, "monotonic", clock)
     monkeypatch.setattr(checkpoint, "save", lambda _folder, step, _state: saved.append(step))
     training.train(setting(), [Job("kd", ALL["kd"], True, tmp_path)], save_seconds=9.0)
     assert saved

@@ -8,10 +8,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kdlib import config, published, schema, tables
-from kdlib.config import Refused, Study
-from kdlib.tables.leads import hard_labels
-from kdlib.tables.render import MINUS, latex, markdown, number
+from kdlib import config
+from kdlib.config import schema
+from kdlib.config.schema import Params
+from kdlib.errors import Refused
+from kdlib.study.report import build, published
+from kdlib.study.report.differences import hard_labels, leads, verdicts
+from kdlib.study.report.readme import insert_between_markers
+from kdlib.study.report.render import MINUS, Table, latex, markdown, number, write
+from kdlib.study.report.tables.effort import grids
 from tests import builders
 
 ROOT = Path(__file__).parents[1]
@@ -19,28 +24,28 @@ T2 = 4.302652729911275  # the .975 quantile of Student's t with 2 degrees of fre
 
 
 @pytest.fixture(scope="module")
-def study() -> Study:
+def study() -> Params:
     return builders.study()
 
 
 @pytest.fixture(scope="module")
-def found(study: Study, tmp_path_factory: pytest.TempPathFactory) -> tables.Numbers:
+def found(study: Params, tmp_path_factory: pytest.TempPathFactory) -> build.Numbers:
     return builders.numbers(tmp_path_factory.mktemp("study"), study)
 
 
 @pytest.fixture(scope="module")
-def runs(found: tables.Numbers) -> pd.DataFrame:
+def runs(found: build.Numbers) -> pd.DataFrame:
     return found.runs
 
 
 @pytest.fixture(scope="module")
-def numbers(found: tables.Numbers) -> pd.DataFrame:
+def numbers(found: build.Numbers) -> pd.DataFrame:
     return found.published
 
 
 @pytest.fixture(scope="module")
-def everything(study: Study, found: tables.Numbers) -> dict[str, tables.Table]:
-    return {table.name: table for table in tables.build(study, found)}
+def everything(study: Params, found: build.Numbers) -> dict[str, Table]:
+    return {table.name: table for table in build.build(study, found)}
 
 
 def pick(frame: pd.DataFrame, **where: object) -> pd.Series:
@@ -59,63 +64,63 @@ def diverge(runs: pd.DataFrame, comparison: str, variant: str, seed: int, measur
     return runs
 
 
-def test_a_lead_by_hand(study: Study, runs: pd.DataFrame) -> None:
+def test_a_lead_by_hand(study: Params, runs: pd.DataFrame) -> None:
     """dkd minus kd is .10, .11, .10: mean .31/3, standard deviation .01/sqrt(3), half width t .01/3."""
-    row = pick(tables.leads(study, runs), question="lead", comparison="small_weak", method="dkd")
+    row = pick(leads(study, runs), question="lead", comparison="small_weak", method="dkd")
     assert row["mean"] == pytest.approx(0.31 / 3)
     assert (row["high"] - row["low"]) / 2 == pytest.approx(T2 * 0.01 / 3)
     assert (row["n"], row["seeds"], row["verdict"], row["train_images"]) == (3, "0 1 2", "better", 100)
 
 
-def test_the_headline_by_hand(study: Study, runs: pd.DataFrame) -> None:
+def test_the_headline_by_hand(study: Params, runs: pd.DataFrame) -> None:
     """Leads of dkd: weak .10 .11 .10 at 10 %, .02 .02 .01 at 100 %; strong .05 .06 .06 at 10 %."""
-    leads = tables.leads(study, runs)
-    scale = pick(leads, question="scale", comparison="small_weak minus large_weak", method="dkd")
+    ahead = leads(study, runs)
+    scale = pick(ahead, question="scale", comparison="small_weak minus large_weak", method="dkd")
     assert (scale["mean"], scale["verdict"]) == (pytest.approx((0.08 + 0.09 + 0.09) / 3), "shrinks")
-    recipe = pick(leads, question="recipe", comparison="small_weak minus small_strong", method="dkd")
+    recipe = pick(ahead, question="recipe", comparison="small_weak minus small_strong", method="dkd")
     assert (recipe["mean"], recipe["recipe"]) == (pytest.approx((0.05 + 0.05 + 0.04) / 3), "weak minus strong")
-    assert pick(leads, question="scale", comparison="small_weak minus large_weak", method="dist")["verdict"] == "inconclusive"
+    assert pick(ahead, question="scale", comparison="small_weak minus large_weak", method="dist")["verdict"] == "inconclusive"
 
 
-def test_a_lead_that_grows_says_so(study: Study, runs: pd.DataFrame) -> None:
+def test_a_lead_that_grows_says_so(study: Params, runs: pd.DataFrame) -> None:
     swapped = runs.copy()
     swapped["comparison"] = runs["comparison"].replace({"small_weak": "large_weak", "large_weak": "small_weak"})
-    row = pick(tables.leads(study, swapped), question="scale", comparison="small_weak minus large_weak", method="dkd")
+    row = pick(leads(study, swapped), question="scale", comparison="small_weak minus large_weak", method="dkd")
     assert (row["mean"], row["verdict"]) == (pytest.approx(-0.26 / 3), "grows")
 
 
-def test_each_question_is_one_family_per_data_set(study: Study, runs: pd.DataFrame) -> None:
+def test_each_question_is_one_family_per_data_set(study: Params, runs: pd.DataFrame) -> None:
     """The smallest p of a family is multiplied by its size: 8 leads, 4 changes of scale, 4 of recipe, 3 pairs of the sweep."""
-    leads = tables.leads(study, runs)
-    assert leads.groupby("question").size().to_dict() == {"lead": 8, "scale": 4, "recipe": 4, "tuning": 3}
+    ahead = leads(study, runs)
+    assert ahead.groupby("question").size().to_dict() == {"lead": 8, "scale": 4, "recipe": 4, "tuning": 3}
     t = (0.31 / 3) / (0.01 / 3)
     p = 1 - t / math.sqrt(t**2 + 2)  # Student's t with 2 degrees of freedom, two-sided, in closed form
-    assert pick(leads, question="lead", comparison="small_weak", method="dkd")["p_holm"] == pytest.approx(8 * p)
+    assert pick(ahead, question="lead", comparison="small_weak", method="dkd")["p_holm"] == pytest.approx(8 * p)
 
 
 @pytest.mark.parametrize("measure", [math.nan, 0.01])
-def test_a_diverged_run_reduces_n_and_its_pair(study: Study, runs: pd.DataFrame, measure: float) -> None:
-    leads = tables.leads(study, diverge(runs, "small_weak", "kd", 1, measure))
-    row = pick(leads, question="lead", comparison="small_weak", method="dkd")
+def test_a_diverged_run_reduces_n_and_its_pair(study: Params, runs: pd.DataFrame, measure: float) -> None:
+    ahead = leads(study, diverge(runs, "small_weak", "kd", 1, measure))
+    row = pick(ahead, question="lead", comparison="small_weak", method="dkd")
     assert (row["n"], row["seeds"]) == (2, "0 2")
-    change = pick(leads, question="scale", comparison="small_weak minus large_weak", method="dkd")
+    change = pick(ahead, question="scale", comparison="small_weak minus large_weak", method="dkd")
     assert (change["n"], change["mean"]) == (2, pytest.approx((0.08 + 0.09) / 2))
 
 
-def test_what_nobody_measured_is_blank(study: Study, found: tables.Numbers) -> None:
+def test_what_nobody_measured_is_blank(study: Params, found: build.Numbers) -> None:
     runs = found.runs
     for seed in (0, 1, 2):
         runs = diverge(runs, "small_weak", "dkd", seed)
-    row = pick(tables.leads(study, runs), question="lead", comparison="small_weak", method="dkd")
+    row = pick(leads(study, runs), question="lead", comparison="small_weak", method="dkd")
     assert (row["n"], row["verdict"]) == (0, "")
     found = dataclasses.replace(found, runs=runs)
-    shown = tables.build(study, found)[0].shown
+    shown = build.build(study, found)[0].shown
     assert pick(shown, recipe="weak", **{"training images": "10 % (100 images)"})["dkd minus kd"] == ""
-    assert "dkd" not in tables.metrics_summary(runs)["small_weak"]
-    assert any("diverged" in line for line in tables.headline(study, found, []).split("\n"))
+    assert "dkd" not in build.metrics_summary(runs)["small_weak"]
+    assert any("diverged" in line for line in build.headline(study, found, []).split("\n"))
 
 
-def test_data_scale_shows_ours_and_the_papers_with_sources(everything: dict[str, tables.Table]) -> None:
+def test_data_scale_shows_ours_and_the_papers_with_sources(everything: dict[str, Table]) -> None:
     shown = everything["data_scale"].shown
     ours = pick(shown, recipe="weak", **{"training images": "10 % (100 images)"})
     assert ours[["dkd minus kd", "source"]].to_list() == ["+10.3 ± 1.4 (n=3) better", "measured here"]
@@ -127,7 +132,7 @@ def test_data_scale_shows_ours_and_the_papers_with_sources(everything: dict[str,
     assert "Seeds 0, 1, 2" in everything["data_scale"].caption and "95 %" in everything["data_scale"].caption
 
 
-def test_recipes_stand_beside_published_rows(everything: dict[str, tables.Table]) -> None:
+def test_recipes_stand_beside_published_rows(everything: dict[str, Table]) -> None:
     shown = everything["recipes"].shown
     ours = pick(shown, recipe="weak", **{"training images": "10 % (100 images)"})
     assert ours["kd"] == f"52.0 ± {100 * T2 * 0.02 / math.sqrt(3):.1f} (n=3)"
@@ -141,7 +146,7 @@ def test_recipes_stand_beside_published_rows(everything: dict[str, tables.Table]
     assert strong[["no_kd", "kd", "dkd", "dist"]].to_list() == ["", "81.68", "81.83", ""]
 
 
-def test_tuning_compares_equal_effort(everything: dict[str, tables.Table]) -> None:
+def test_tuning_compares_equal_effort(everything: dict[str, Table]) -> None:
     shown = everything["tuning"].shown.set_index("method")
     assert shown.index.to_list() == ["kd", "kd_tuned", "dkd", "dkd_tuned"]
     assert shown["trials"].to_list() == ["0", "4", "0", "4"]
@@ -156,15 +161,15 @@ def test_tuning_compares_equal_effort(everything: dict[str, tables.Table]) -> No
     assert pick(frame, method="dkd_tuned", baseline="kd_tuned")["mean"] == pytest.approx(0.01)
 
 
-def test_grid_marks_the_chosen_point_and_a_diverged_trial(study: Study, runs: pd.DataFrame) -> None:
+def test_grid_marks_the_chosen_point_and_a_diverged_trial(study: Params, runs: pd.DataFrame) -> None:
     runs = diverge(runs, "tune", "trial/kd.temperature_1.weight_2", 0)
-    table = next(table for table in tables.grids(study, runs) if table.name == "grid_tune_kd")
+    table = next(table for table in grids(study, runs) if table.name == "grid_tune_kd")
     assert table.shown.to_numpy().tolist() == [["1", "61.0", "diverged"], ["4", "62.0 (chosen)", "61.0"]]
     assert list(table.shown.columns) == ["temperature", "weight 1", "weight 2"]
     assert "4 trials" in table.caption and "seed 0 (n=1" in table.caption
 
 
-def test_cost_is_relative_to_the_baseline_and_counts_trials(everything: dict[str, tables.Table]) -> None:
+def test_cost_is_relative_to_the_baseline_and_counts_trials(everything: dict[str, Table]) -> None:
     frame = everything["cost"].frame
     dkd = pick(frame, comparison="small_weak", method="dkd")
     assert dkd[["relative", "sharing", "trials", "train_flops", "teacher_flops"]].to_list() == [1.5, 3, 0, 3 * 10**12, 9 * 10**12]
@@ -174,7 +179,7 @@ def test_cost_is_relative_to_the_baseline_and_counts_trials(everything: dict[str
     assert "seconds" not in frame.columns
 
 
-def test_measures_have_their_units(everything: dict[str, tables.Table]) -> None:
+def test_measures_have_their_units(everything: dict[str, Table]) -> None:
     row = pick(everything["measures"].shown, comparison="small_weak", method="kd")
     assert row["nll (nats)"] == f"1.480 ± {T2 * 0.02 / math.sqrt(3):.3f} (n=3)"
     assert row["ece (%)"].startswith("5.2 ±")
@@ -182,25 +187,25 @@ def test_measures_have_their_units(everything: dict[str, tables.Table]) -> None:
     assert len(everything["measures"].frame) == (16 + 2) * 6
 
 
-def test_verdicts_and_summary_are_what_another_machine_compares(study: Study, runs: pd.DataFrame) -> None:
-    frame = tables.verdicts(study, runs)
+def test_verdicts_and_summary_are_what_another_machine_compares(study: Params, runs: pd.DataFrame) -> None:
+    frame = verdicts(study, runs)
     assert list(frame.columns) == [
         *("question", "data", "comparison", "method", "baseline", "verdict", "lead", "low", "high", "n", "p_holm", "seeds")
     ]
     assert not frame.duplicated(["question", "comparison", "method", "baseline"]).any()
     assert set(frame["verdict"]) == {"better", "inconclusive", "shrinks"}
-    assert tables.metrics_summary(runs)["tune"] == {"kd_tuned": 0.626667, "dkd_tuned": 0.636667}
+    assert build.metrics_summary(runs)["tune"] == {"kd_tuned": 0.626667, "dkd_tuned": 0.636667}
 
 
-def test_tables_do_not_depend_on_the_order_of_rows(study: Study, found: tables.Numbers, everything: dict[str, tables.Table]) -> None:
-    turned = tables.TABLES["data_scale"].tables(study, dataclasses.replace(found, runs=found.runs.iloc[::-1].reset_index(drop=True)))[0]
+def test_tables_do_not_depend_on_the_order_of_rows(study: Params, found: build.Numbers, everything: dict[str, Table]) -> None:
+    turned = build.TABLES["data_scale"].tables(study, dataclasses.replace(found, runs=found.runs.iloc[::-1].reset_index(drop=True)))[0]
     assert markdown(turned) == markdown(everything["data_scale"])
 
 
-def test_every_table_is_written_in_three_forms(everything: dict[str, tables.Table], tmp_path: Path) -> None:
+def test_every_table_is_written_in_three_forms(everything: dict[str, Table], tmp_path: Path) -> None:
     assert list(everything) == ["data_scale", "recipes", "tuning", "grid_tune_kd", "grid_tune_dkd", "cost", "measures"]
     for table in everything.values():
-        tables.write(table, tmp_path)
+        write(table, tmp_path)
         again = pd.read_csv(tmp_path / f"{table.name}.csv")
         assert list(again.columns) == list(table.frame.columns) and len(again) == len(table.frame)
         rows = (tmp_path / f"{table.name}.md").read_text().split("\n")
@@ -214,7 +219,7 @@ def test_every_table_is_written_in_three_forms(everything: dict[str, tables.Tabl
 
 def test_special_characters_do_not_break_a_table() -> None:
     shown = pd.DataFrame({"a_b": ["50 % & {x}", "1 | 2"], "±": [f"{MINUS}1 ± 2", "\\"]})
-    table = tables.Table("t", "T_1", "C", shown, shown)
+    table = Table("t", "T_1", "C", shown, shown)
     assert r"50 \% \& \{x\} & $-$1 $\pm$ 2 \\" in latex(table)
     assert r"1 $|$ 2 & \textbackslash{} \\" in latex(table)
     assert r"| 1 \| 2     |" in markdown(table)
@@ -225,9 +230,9 @@ def test_numbers_as_people_read_them() -> None:
     assert [number(value, 3) for value in (1.26, -0.0006, -0.0004)] == ["1.260", f"{MINUS}0.001", "0.000"]
 
 
-def test_readme_answers_with_the_numbers(study: Study, found: tables.Numbers) -> None:
-    assert "](results/figures" not in tables.headline(study, found, ["teachers"])
-    block = tables.headline(study, found, ["teachers", "data_scale"]).replace(MINUS, "-")
+def test_readme_answers_with_the_numbers(study: Params, found: build.Numbers) -> None:
+    assert "](results/figures" not in build.headline(study, found, ["teachers"])
+    block = build.headline(study, found, ["teachers", "data_scale"]).replace(MINUS, "-")
     assert "](results/figures/data_scale.png)" in block
     assert (
         "- recipe weak, 10 % → 100 %: dkd's lead over kd +10.3 [+8.9, +11.8] → +1.7 [+0.2, +3.1]: it **shrinks** with more data "
@@ -239,12 +244,12 @@ def test_readme_answers_with_the_numbers(study: Study, found: tables.Numbers) ->
 
 def test_block_goes_between_its_markers() -> None:
     text = "# Title\n<!-- results:begin -->\nold\n<!-- results:end -->\nrest <!-- other:begin -->\n"
-    once = tables.insert_between_markers(text, "new\n", "results")
+    once = insert_between_markers(text, "new\n", "results")
     assert once == "# Title\n<!-- results:begin -->\n\nnew\n\n<!-- results:end -->\nrest <!-- other:begin -->\n"
-    assert tables.insert_between_markers(once, "new\n", "results") == once
+    assert insert_between_markers(once, "new\n", "results") == once
     for broken in ("", "<!-- results:begin -->", "<!-- results:end --><!-- results:begin -->", text + text):
         with pytest.raises(Refused, match=r"README.md: .*put them back"):
-            tables.insert_between_markers(broken, "new", "results")
+            insert_between_markers(broken, "new", "results")
 
 
 def test_published_numbers_keep_their_gaps_and_sources(numbers: pd.DataFrame) -> None:
@@ -269,15 +274,15 @@ def test_studies_share_the_projects_published_numbers(tmp_path: Path) -> None:
 
 
 def test_the_registry_makes_what_params_yaml_may_name() -> None:
-    assert set(tables.TABLES) == set(schema.TABLES)
+    assert set(build.TABLES) == set(schema.TABLES)
 
 
-def test_a_headline_needs_a_table(found: tables.Numbers) -> None:
+def test_a_headline_needs_a_table(found: build.Numbers) -> None:
     with pytest.raises(Refused, match=r"^params\.yaml: study\.tables: found 'losses'; allowed: first a table .*; put another one first$"):
-        tables.headline(builders.study(tables=["losses", "cost"]), found, [])
+        build.headline(builders.study(tables=["losses", "cost"]), found, [])
 
 
-def test_comparisons_that_differ_in_more_than_the_hard_label_are_no_set(study: Study, runs: pd.DataFrame) -> None:
+def test_comparisons_that_differ_in_more_than_the_hard_label_are_no_set(study: Params, runs: pd.DataFrame) -> None:
     content = study.model_dump()
     content["recipes"]["strong"] |= {"hard_loss": "bce", "mixup_alpha": 0.1}
     assert hard_labels(config.parse(content)) == []
@@ -285,6 +290,6 @@ def test_comparisons_that_differ_in_more_than_the_hard_label_are_no_set(study: S
     groups = hard_labels(config.parse(content))
     assert groups == [{"ce": "small_weak", "bce": "small_strong"}, {"ce": "large_weak", "bce": "large_strong"}]
     changed = config.parse(content)
-    assert [table.name for table in tables.TABLES["losses"].tables(changed, tables.Numbers(changed, runs, *[pd.DataFrame()] * 5))] == [
+    assert [table.name for table in build.TABLES["losses"].tables(changed, build.Numbers(changed, runs, *[pd.DataFrame()] * 5))] == [
         *("losses", "losses_large_weak")
     ]

@@ -9,35 +9,37 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
-from kdlib import plots, stats, tables
-from kdlib.config import Study
-from kdlib.tables.render import MINUS, TIMES
+from kdlib.config.schema import Params
+from kdlib.study.report import build, plots, stats
+from kdlib.study.report.differences import leads
+from kdlib.study.report.plots.style import save
+from kdlib.study.report.render import MINUS, TIMES, write
 from tests import builders
 from tests.test_tables import T2, diverge, pick
 
 
 @pytest.fixture(scope="module")
-def methods() -> Study:
+def methods() -> Params:
     return builders.methodwise()
 
 
 @pytest.fixture(scope="module")
-def theirs(methods: Study, tmp_path_factory: pytest.TempPathFactory) -> tables.Numbers:
+def theirs(methods: Params, tmp_path_factory: pytest.TempPathFactory) -> build.Numbers:
     return builders.numbers(tmp_path_factory.mktemp("methods"), methods)
 
 
-def test_the_tables_are_those_that_params_yaml_names_in_its_order(methods: Study, theirs: tables.Numbers, tmp_path: Path) -> None:
-    assert [table.name for table in tables.build(methods, theirs)] == ["methods", "losses", "measures"]
+def test_the_tables_are_those_that_params_yaml_names_in_its_order(methods: Params, theirs: build.Numbers, tmp_path: Path) -> None:
+    assert [table.name for table in build.build(methods, theirs)] == ["methods", "losses", "measures"]
     chosen = builders.methodwise(tables=["measures", "tuning", "cost"])
-    assert [table.name for table in tables.build(chosen, theirs)] == ["measures", "cost"], "nothing was tuned"
-    for table in tables.build(methods, theirs):
-        tables.write(table, tmp_path)
+    assert [table.name for table in build.build(chosen, theirs)] == ["measures", "cost"], "nothing was tuned"
+    for table in build.build(methods, theirs):
+        write(table, tmp_path)
         again = pd.read_csv(tmp_path / f"{table.name}.csv")
         assert list(again.columns) == list(table.frame.columns) and len(again) == len(table.frame)
 
 
-def test_every_method_has_its_row_beside_those_of_its_kind(methods: Study, theirs: tables.Numbers) -> None:
-    table = tables.build(methods, theirs)[0]
+def test_every_method_has_its_row_beside_those_of_its_kind(methods: Params, theirs: build.Numbers) -> None:
+    table = build.build(methods, theirs)[0]
     shown = table.shown.set_index("method")
     assert shown["looks at"].to_dict() == {
         **{"no_kd": "no teacher", "kd": "logits", "dkd": "logits", "maps_only": "hint: maps"},
@@ -62,8 +64,8 @@ def test_every_method_has_its_row_beside_those_of_its_kind(methods: Study, their
     assert "Cui et al. 2024" in table.caption and "beitv2_large_patch16_224 → resnet50" in table.caption
 
 
-def test_the_methods_frame_holds_one_number_per_row(methods: Study, theirs: tables.Numbers) -> None:
-    frame = tables.build(methods, theirs)[0].frame
+def test_the_methods_frame_holds_one_number_per_row(methods: Params, theirs: build.Numbers) -> None:
+    frame = build.build(methods, theirs)[0].frame
     assert frame.groupby("question").size().to_dict() == {"accuracy": 10, "lead": 8, "scale": 4, "cost": 5, "published": 5}
     assert pick(frame, question="cost", method="maps_only")[["mean", "n", "extra_parameters", "step_bytes", "together"]].to_list() == [
         *(1.5, 3, 1000, 3 * 2**20, True)
@@ -72,29 +74,29 @@ def test_the_methods_frame_holds_one_number_per_row(methods: Study, theirs: tabl
     assert frame["source"].notna().all()
 
 
-def test_time_is_compared_within_one_process_where_that_can_be(methods: Study, theirs: tables.Numbers) -> None:
+def test_time_is_compared_within_one_process_where_that_can_be(methods: Params, theirs: build.Numbers) -> None:
     """kd's run of seed 0 came from the store, so seed 0 pairs no method with it; of maps_only all seeds did."""
     timing = theirs.timing.copy()
     here = timing["comparison"] == "large"
     timing.loc[here & (timing["variant"] == "kd") & (timing["seed"] == 0), ["student_seconds", "teacher_seconds_share"]] = [99.0, 0.75]
     timing.loc[here & (timing["variant"] == "maps_only"), "teacher_seconds_share"] = [0.1, 0.2, 0.3]
-    shown = tables.build(methods, dataclasses.replace(theirs, timing=timing))[0].shown.set_index("method")
+    shown = build.build(methods, dataclasses.replace(theirs, timing=timing))[0].shown.set_index("method")
     assert shown.loc["ranks", "step time"] == f"1.10{TIMES} (n=2)"
     ratios = [15 / 99, 1.5, 1.5]
     mean = sum(ratios) / 3
     half = T2 * math.sqrt(sum((ratio - mean) ** 2 for ratio in ratios) / 2) / math.sqrt(3)
     assert shown.loc["maps_only", "step time"] == f"≈ {mean:.2f} ± {half:.2f}{TIMES} (n=3)"
     timing.loc[here & (timing["variant"] == "maps_only"), "on"] = "cpu, 1 threads, torch 2.15.0"
-    shown = tables.build(methods, dataclasses.replace(theirs, timing=timing))[0].shown.set_index("method")
+    shown = build.build(methods, dataclasses.replace(theirs, timing=timing))[0].shown.set_index("method")
     assert shown.loc["maps_only", "step time"] == "", "seconds of another machine are no comparison"
 
 
-def test_published_numbers_keep_their_settings_apart(methods: Study, theirs: tables.Numbers) -> None:
+def test_published_numbers_keep_their_settings_apart(methods: Params, theirs: build.Numbers) -> None:
     """Another student under the same recipe, and epochs that nobody told; none at all leaves the table as it is."""
     here = theirs.published["table"] == "table3_methods"
     other = theirs.published[here].assign(student="vit_tiny", value=50.0)
     other.loc[other["recipe"] == "A1", "epochs"] = pd.NA
-    shown = tables.build(methods, dataclasses.replace(theirs, published=pd.concat([theirs.published, other])))[0].shown.set_index("method")
+    shown = build.build(methods, dataclasses.replace(theirs, published=pd.concat([theirs.published, other])))[0].shown.set_index("method")
     cells = {column: value for column, value in shown.loc["kd"].items() if str(column).startswith("published")}
     teacher = "beitv2_large_patch16_224"
     assert cells == {
@@ -103,33 +105,33 @@ def test_published_numbers_keep_their_settings_apart(methods: Study, theirs: tab
         f"published: A2, 300 epochs, {teacher} → vit_tiny": "50.00",
         f"published: A1, {teacher} → vit_tiny": "50.00",
     }
-    table = tables.build(methods, dataclasses.replace(theirs, published=theirs.published[~here]))[0]
+    table = build.build(methods, dataclasses.replace(theirs, published=theirs.published[~here]))[0]
     assert not any(column.startswith("published") for column in table.shown)
     assert "ublished top-1" not in table.caption
 
 
-def test_a_method_that_diverged_is_no_blank(methods: Study, theirs: tables.Numbers) -> None:
+def test_a_method_that_diverged_is_no_blank(methods: Params, theirs: build.Numbers) -> None:
     runs = theirs.runs
     for seed in (0, 1, 2):
         runs = diverge(runs, "small", "maps_only", seed)
     runs = diverge(runs, "large", "maps_only", 1)
     found = dataclasses.replace(theirs, runs=runs)
-    row = tables.build(methods, found)[0].shown.set_index("method").loc["maps_only"]
+    row = build.build(methods, found)[0].shown.set_index("method").loc["maps_only"]
     assert row[["10 % (100 images): top-1", "10 % (100 images): minus kd", "lead, 10 % minus 100 %"]].to_list() == ["diverged", "", ""]
     assert row["step time"] == f"1.50{TIMES} (n=2)"
-    assert "**diverged** maps_only" in tables.headline(methods, found, [])
+    assert "**diverged** maps_only" in build.headline(methods, found, [])
 
 
-def test_memory_may_be_unknown(methods: Study, theirs: tables.Numbers) -> None:
+def test_memory_may_be_unknown(methods: Params, theirs: build.Numbers) -> None:
     runs = theirs.runs.copy()
     runs["step_bytes"] = pd.array([pd.NA] * len(runs), dtype="Int64")
-    table = tables.build(methods, dataclasses.replace(theirs, runs=runs))[0]
+    table = build.build(methods, dataclasses.replace(theirs, runs=runs))[0]
     assert set(table.shown["step memory (MiB)"]) == {""}
 
 
-def test_hard_labels_are_compared_method_by_method(methods: Study, theirs: tables.Numbers) -> None:
+def test_hard_labels_are_compared_method_by_method(methods: Params, theirs: build.Numbers) -> None:
     """kd: ce .70 .71 .72, bce .66 .66 .68; its baseline's row has no difference to itself."""
-    table = tables.build(methods, theirs)[1]
+    table = build.build(methods, theirs)[1]
     assert list(table.shown.columns) == ["hard label", "kd", "dkd", "dkd minus kd", "kd: minus ce", "dkd: minus ce"]
     shown = table.shown.set_index("hard label")
     assert shown.index.to_list() == ["ce", "bce", "none"], "in the order of the recipes in params.yaml"
@@ -137,26 +139,26 @@ def test_hard_labels_are_compared_method_by_method(methods: Study, theirs: table
     assert shown.loc["bce", "kd: minus ce"] == f"{MINUS}4.3 ± {T2 / 3:.1f} (n=3) worse"
     assert shown.loc["ce", "dkd minus kd"] == "+1.7 ± 1.4 (n=3) inconclusive"
     assert "The recipes are weak with another loss" in table.caption
-    row = pick(tables.leads(methods, theirs.runs), question="hard label", comparison="large_bce minus large", method="kd")
+    row = pick(leads(methods, theirs.runs), question="hard label", comparison="large_bce minus large", method="kd")
     assert row[["baseline", "recipe", "verdict"]].to_list() == ["kd", "weak_bce minus weak", "worse"]
     p = stats.estimate({0: -0.04, 1: -0.05, 2: -0.04}, 0.95).p
     assert row["p_holm"] == pytest.approx(4 * p), "a family of its own: two methods, two hard labels"
 
 
-def test_the_headline_of_methods_ranks_them(methods: Study, theirs: tables.Numbers) -> None:
-    block = tables.headline(methods, theirs, ["methods"])
+def test_the_headline_of_methods_ranks_them(methods: Params, theirs: build.Numbers) -> None:
+    block = build.headline(methods, theirs, ["methods"])
     assert "](results/figures/methods.png)" in block
     assert "- recipe weak, 10 % (100 images), against kd: **better** dkd, maps_only; **worse** ranks, no_kd.\n" in block
     assert "- recipe weak, 10 % → 100 %, the lead over kd: **shrinks** dkd, maps_only; **grows** ranks; **inconclusive** no_kd.\n" in block
     assert "- kd, 100 % (1000 images): hard label bce against ce: **worse** (difference" in block
-    assert tables.build(methods, theirs)[0].caption in block
+    assert build.build(methods, theirs)[0].caption in block
 
 
 # Figures
 
 
 @pytest.fixture(scope="module")
-def figures(methods: Study, theirs: tables.Numbers) -> plots.Figures:
+def figures(methods: Params, theirs: build.Numbers) -> plots.Figures:
     return plots.build(methods, theirs)
 
 
@@ -195,13 +197,13 @@ def test_accuracy_is_drawn_against_time_with_every_name_apart(figures: plots.Fig
         assert np.diff(heights).min() > 0.04
 
 
-def test_a_diverged_method_is_named_and_saved_figures_repeat(methods: Study, theirs: tables.Numbers, tmp_path: Path) -> None:
+def test_a_diverged_method_is_named_and_saved_figures_repeat(methods: Params, theirs: build.Numbers, tmp_path: Path) -> None:
     runs = theirs.runs
     for seed in (0, 1, 2):
         runs = diverge(runs, "small", "maps_only", seed)
     for folder in ("a", "b"):
         for name, figure in plots.build(methods, dataclasses.replace(theirs, runs=runs)).items():
-            plots.save(figure, tmp_path / folder, name)
+            save(figure, tmp_path / folder, name)
             assert (name != "methods") or [text.get_text().strip() for text in figure.axes[0].texts] == ["diverged"]
     assert len(list((tmp_path / "a").iterdir())) == 6
     for file in (tmp_path / "a").iterdir():

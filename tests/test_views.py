@@ -9,11 +9,11 @@ from timm.data import mixup as timm_mixup
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from kdlib.config import Recipe
-from kdlib.data import augment, mixing
-from kdlib.data.mixing import Mix
-from kdlib.data.stream import ViewStream
+from kdlib.config.schema import Recipe
 from kdlib.types import Batch
+from kdlib.views import crop, mixup
+from kdlib.views.mixup import Mix
+from kdlib.views.stream import ViewStream
 
 CLASSES = 7
 STRONG = {
@@ -93,7 +93,7 @@ def decode(view: np.ndarray) -> tuple[int, int, bool, int]:
 def test_shift_and_flip_moves_whole_pixels() -> None:
     images, rng = position_images(), np.random.default_rng(0)
     shifts, flips = rng.integers(-3, 4, (2, len(images))), rng.random(len(images)) < 0.5
-    views = augment.shift_and_flip(torch.from_numpy(images), shifts, flips).numpy().astype(int)
+    views = crop.shift_and_flip(torch.from_numpy(images), shifts, flips).numpy().astype(int)
     found = [decode(view) for view in views]
     assert found == [(*shift, flip, i) for i, (shift, flip) in enumerate(zip(shifts.T.tolist(), flips.tolist(), strict=True))]
 
@@ -125,8 +125,8 @@ def test_flip_probability_has_its_ends(hflip: float, mirrored: bool) -> None:
 def test_resized_crop_is_pillows_bilinear_resize_of_the_box() -> None:
     rng = np.random.default_rng(2)
     images = rng.integers(0, 256, (30, 15, 11, 3), dtype=np.uint8)
-    boxes = augment.draw_boxes(rng, 0.2, sides(30, 15, 11))
-    views = augment.resize_boxes(torch.from_numpy(images), boxes).numpy().astype(int)
+    boxes = crop.draw_boxes(rng, 0.2, sides(30, 15, 11))
+    views = crop.resize_boxes(torch.from_numpy(images), boxes).numpy().astype(int)
     for image, view, (top, left, high, wide) in zip(images, views, boxes.T, strict=True):
         box = tuple(int(side) for side in (left, top, left + wide, top + high))
         expected = np.asarray(Image.fromarray(image).crop(box).resize((11, 15), Image.Resampling.BILINEAR)).astype(int)
@@ -138,7 +138,7 @@ def sides(batch: int, height: int, width: int) -> np.ndarray:
 
 
 def test_boxes_lie_inside_with_the_drawn_area_and_aspect() -> None:
-    top, left, high, wide = augment.draw_boxes(np.random.default_rng(4), 0.3, sides(20_000, 64, 64))
+    top, left, high, wide = crop.draw_boxes(np.random.default_rng(4), 0.3, sides(20_000, 64, 64))
     assert min(top.min(), left.min()) == 0
     assert max((top + high).max(), (left + wide).max()) == 64
     area, aspect = high * wide / 64**2, wide / high
@@ -153,9 +153,9 @@ def test_boxes_lie_inside_with_the_drawn_area_and_aspect() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (32, 8), (8, 32), (1, 5), (5, 1)])
 def test_boxes_fall_back_to_what_torchvision_falls_back_to(height: int, width: int) -> None:
-    boxes = augment.draw_boxes(np.random.default_rng(4), 1.0, sides(50, height, width))  # none of all the area has another aspect
+    boxes = crop.draw_boxes(np.random.default_rng(4), 1.0, sides(50, height, width))  # none of all the area has another aspect
     image = Image.new("L", (width, height))
-    expected = RandomResizedCrop.get_params(image, (2.0, 2.0), augment.ASPECTS)  # twice the area never fits
+    expected = RandomResizedCrop.get_params(image, (2.0, 2.0), crop.ASPECTS)  # twice the area never fits
     assert (boxes == np.array(expected)[:, None]).all()
 
 
@@ -169,14 +169,14 @@ def test_cutmix_box_is_timms(share: float, height: int, width: int, monkeypatch:
         centre = iter([row, column])
         monkeypatch.setattr(np.random, "randint", lambda *_, centre=centre, **__: next(centre))
         (top, bottom, left, right), kept = timm_mixup.cutmix_bbox_and_lam((1, height, width), share)
-        mix = mixing.cutmix(share, row, column, height, width)
+        mix = mixup.cutmix(share, row, column, height, width)
         assert mix.box == (top, bottom, left, right)
         assert mix.share == pytest.approx(kept, abs=1e-12)
         assert 0 <= top <= bottom <= height
         assert 0 <= left <= right <= width
 
 
-@pytest.mark.parametrize("mix", [Mix(1.0), Mix(0.3), mixing.cutmix(0.6, 2, 9, 15, 11)], ids=["unmixed", "mixup", "cutmix"])
+@pytest.mark.parametrize("mix", [Mix(1.0), Mix(0.3), mixup.cutmix(0.6, 2, 9, 15, 11)], ids=["unmixed", "mixup", "cutmix"])
 def test_images_and_targets_are_timms(mix: Mix, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.rand(6, 3, 15, 11, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
     labels = torch.tensor([0, 3, 3, 6, 1, 0])
@@ -184,17 +184,17 @@ def test_images_and_targets_are_timms(mix: Mix, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(timm_mix, "_params_per_batch", lambda: (mix.share, mix.box is not None))
     monkeypatch.setattr(timm_mixup, "cutmix_bbox_and_lam", lambda *_, **__: (mix.box, mix.share))
     expected_images, expected_targets = timm_mix(images.clone(), labels)
-    mixed = mixing.images(images, mix)
+    mixed = mixup.images(images, mix)
     torch.testing.assert_close(mixed, expected_images, rtol=0, atol=1e-6)
-    torch.testing.assert_close(mixing.targets(labels, CLASSES, 0.1, mix), expected_targets, rtol=0, atol=1e-6)
+    torch.testing.assert_close(mixup.targets(labels, CLASSES, 0.1, mix), expected_targets, rtol=0, atol=1e-6)
     assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_majority_is_the_larger_share_and_ties_are_the_images_own() -> None:
     labels = torch.tensor([0, 1, 2, 3])
-    assert mixing.majority(labels, Mix(0.5)).tolist() == [0, 1, 2, 3]
-    assert mixing.majority(labels, Mix(0.51)).tolist() == [0, 1, 2, 3]
-    assert mixing.majority(labels, Mix(0.49)).tolist() == [3, 2, 1, 0]
+    assert mixup.majority(labels, Mix(0.5)).tolist() == [0, 1, 2, 3]
+    assert mixup.majority(labels, Mix(0.51)).tolist() == [0, 1, 2, 3]
+    assert mixup.majority(labels, Mix(0.49)).tolist() == [3, 2, 1, 0]
 
 
 def test_cutmix_targets_are_the_shares_of_the_pixels() -> None:
@@ -239,13 +239,13 @@ def test_an_image_is_said_to_be_mixed_where_another_one_has_a_share_in_it(change
 
 def test_mixing_draws_have_timms_distribution() -> None:
     rng = np.random.default_rng(8)
-    both = [mixing.draw(rng, recipe(mixup_alpha=0.2, cutmix_alpha=1.0), 16, 16) for _ in range(4000)]
+    both = [mixup.draw(rng, recipe(mixup_alpha=0.2, cutmix_alpha=1.0), 16, 16) for _ in range(4000)]
     assert np.mean([mix.box is not None for mix in both]) == pytest.approx(0.5, abs=0.03)
     shares = [mix.share for mix in both if mix.box is None]
     assert stats.kstest(shares, stats.beta(0.2, 0.2).cdf).statistic < 0.04
-    assert all(mix.box for mix in (mixing.draw(rng, recipe(cutmix_alpha=1.0), 16, 16) for _ in range(50)))
-    assert not any(mix.box for mix in (mixing.draw(rng, recipe(mixup_alpha=1.0), 16, 16) for _ in range(50)))
-    assert mixing.draw(rng, recipe(), 16, 16) == mixing.UNMIXED
+    assert all(mix.box for mix in (mixup.draw(rng, recipe(cutmix_alpha=1.0), 16, 16) for _ in range(50)))
+    assert not any(mix.box for mix in (mixup.draw(rng, recipe(mixup_alpha=1.0), 16, 16) for _ in range(50)))
+    assert mixup.draw(rng, recipe(), 16, 16) == mixup.UNMIXED
 
 
 # The stream

@@ -10,12 +10,12 @@ import psutil
 import pytest
 import torch
 
-from kdlib.config import Refused
-from kdlib.experiment import Diverged, Experiment
-from kdlib.results import read_json
-from kdlib.train import progress
-from kdlib.train.threads import threads
-from kdlib.train.workers import side_by_side
+from kdlib.engine.threads import threads
+from kdlib.errors import Refused
+from kdlib.files import read_json
+from kdlib.parallel import progress
+from kdlib.parallel.workers import side_by_side
+from kdlib.study.training.experiment import Diverged, Experiment
 from tests import training
 
 METHODS = ("no_kd", "kd")
@@ -106,7 +106,7 @@ def test_side_by_side_gives_the_numbers_of_one_after_the_other(
     folders = Experiment(root).distill(training.COMPARISON)
     assert training.numbers(root) == in_turn
     assert {read_json(folder / "environment.json")["threads"] for folder in folders} == {1}
-    monkeypatch.setattr("kdlib.train.workers.Parallel", None)  # what is finished needs no process
+    monkeypatch.setattr("kdlib.parallel.workers.Parallel", None)  # what is finished needs no process
     assert Experiment(root).distill(training.COMPARISON) == folders
 
 

@@ -18,17 +18,17 @@ import numpy as np
 import torch
 
 from kdlib import config
-from kdlib.config import ComputeParams, Recipe
-from kdlib.data.splits import load
-from kdlib.experiment import Experiment
+from kdlib.config.schema import ComputeParams, Recipe
+from kdlib.data.dataset import load
+from kdlib.engine import checkpoint
+from kdlib.engine.teacher import Teacher
+from kdlib.engine.train import Job, Setting, train
 from kdlib.losses import METHODS
 from kdlib.losses.base import Method
-from kdlib.models import build
+from kdlib.models.build import build
 from kdlib.seed import seed_torch
-from kdlib.store import Store
-from kdlib.train import checkpoint
-from kdlib.train.run import Job, Setting, train
-from kdlib.train.teacher import Teacher
+from kdlib.study.training.experiment import Experiment
+from kdlib.study.training.store import Store
 from tests import tiny
 
 ROOT = tiny.ROOT

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor
 
-from kdlib.models import Classifier
+from kdlib.models.build import Classifier
 
 CLASSES, BATCH = 5, 4
 MEAN, STD = (0.4, 0.5, 0.6), (0.3, 0.25, 0.2)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from kdlib import config
+from kdlib.errors import refuse
 
 LAYOUT = "a folder that holds train/ and val/"
 
@@ -17,14 +18,14 @@ def place(key: str, path: str) -> Path:
     given = Path(os.path.expandvars(path)).expanduser()
     if unset := re.search(r"\$\w+|\$\{.*?\}", str(given)):
         do = f"set {unset.group().strip('${}')} to where the images lie, or write the path here"
-        raise config.refuse(key, path, "a path whose environment variables are set", do)
+        raise refuse(key, path, "a path whose environment variables are set", do)
     return given if given.is_absolute() else config.find_root() / given
 
 
 def folder(key: str, root: Path, allowed: str) -> None:
     """Raises ``Refused`` about ``key`` if there is no such folder. ``allowed``: what it is to hold, for people."""
     if not root.is_dir():
-        raise config.refuse(key, str(root), allowed, "correct the path")
+        raise refuse(key, str(root), allowed, "correct the path")
 
 
 def check_layout(key: str, root: Path) -> None:
@@ -34,4 +35,4 @@ def check_layout(key: str, root: Path) -> None:
     if missing:
         there = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
         found = f"no {' and no '.join(str(root / name) for name in missing)}, but {there}"
-        raise config.refuse(key, found, LAYOUT, "correct the path")
+        raise refuse(key, found, LAYOUT, "correct the path")

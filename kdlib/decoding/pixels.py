@@ -17,7 +17,7 @@ SURPLUS = 2
 LONG = 4  # sides: of an image that is longer, only what is looked at is resized (all of it, of one 1 px wide, could take gigabytes)
 
 
-class Place(NamedTuple):
+class ByteRange(NamedTuple):
     """Where the bytes of an image lie, and their CRC-32."""
 
     file: str
@@ -40,7 +40,7 @@ class Changed(RuntimeError):
     """A file is not what it was when its images were listed. The message names it."""
 
 
-Unit = tuple[Place, Sequence[Cut | None]]  # an image, and the views of it that are wanted; None: as evaluation sees it
+Unit = tuple[ByteRange, Sequence[Cut | None]]  # an image, and the views of it that are wanted; None: as evaluation sees it
 Level = UInt8[np.ndarray, "size size 3"]
 
 
@@ -49,7 +49,7 @@ def views(units: Sequence[Unit], size: int, crop_pct: float) -> UInt8[np.ndarray
     return np.stack([view for place, cuts in units for view in _views(place, cuts, size, crop_pct)])
 
 
-def _views(place: Place, cuts: Sequence[Cut | None], size: int, crop_pct: float) -> list[Level]:
+def _views(place: ByteRange, cuts: Sequence[Cut | None], size: int, crop_pct: float) -> list[Level]:
     data = read(place)
     try:
         image, scale = decode(data, _reduction(cuts, size))
@@ -58,7 +58,7 @@ def _views(place: Place, cuts: Sequence[Cut | None], size: int, crop_pct: float)
         raise RuntimeError(f"{place.file}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def read(place: Place) -> bytes:
+def read(place: ByteRange) -> bytes:
     """The bytes at a place. Raises ``Changed`` if they are others, or gone."""
     try:
         with Path(place.file).open("rb") as file:

@@ -19,7 +19,7 @@ from kdlib.losses.reviewkd import ReviewKD
 from kdlib.losses.rkd import RKD
 from kdlib.losses.sp import SP
 from kdlib.losses.vid import VID
-from kdlib.types import Part
+from kdlib.types import Feature
 
 METHODS: dict[str, type[Method]] = {
     "no_kd": NoKD,
@@ -49,8 +49,9 @@ def looks_at(method: type[Method]) -> str:
     if not method.asks_teacher:
         return "no teacher"
     hints, own = (
-        [part.value for part in Part if part in asks and part is not Part.LOGITS] for asks in (method.asks_teacher, method.asks_student)
+        [part.value for part in Feature if part in asks and part is not Feature.LOGITS]
+        for asks in (method.asks_teacher, method.asks_student)
     )
     if hints:
         return f"hint: {', '.join(hints)}"
-    return ", ".join([Part.LOGITS.value, *(f"student's {part}" for part in own)])
+    return ", ".join([Feature.LOGITS.value, *(f"student's {part}" for part in own)])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdlib.losses.base import Method
 from kdlib.losses.stages import facing, pairs, same_size
-from kdlib.types import Batch, Maps, Output, OutputShape, Part, Terms
+from kdlib.types import Batch, Feature, Maps, Output, OutputShape, Terms
 
 
 def attention(maps: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch places"]:
@@ -32,8 +32,8 @@ def at(student: Maps, teacher: Maps) -> Float[Tensor, ""]:
 class AT(Method):
     """``hard_weight * hard + weight * at``. A stage of one place has the attention 1 whatever it sees, and teaches nothing."""
 
-    asks_student = frozenset({Part.MAPS})
-    asks_teacher = frozenset({Part.MAPS})
+    asks_student = frozenset({Feature.MAPS})
+    asks_teacher = frozenset({Feature.MAPS})
     equation = (
         r"\sum_{\mathrm{stages}} \mathrm{mean} \left( \frac{a_s}{\|a_s\|_2} - \frac{a_t}{\|a_t\|_2} \right)^2,"
         r"\quad a = \mathrm{mean}_{\mathrm{channels}}\, f^2"

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kdlib.types import Asks, Batch, Logits, Output, OutputShape, Part, Terms
+from kdlib.types import Asks, Batch, Feature, Logits, Output, OutputShape, Terms
 
 HardLoss = Callable[[Logits, Float[Tensor, "batch classes"]], Float[Tensor, ""]]
 
@@ -53,8 +53,8 @@ class Method(nn.Module):
     ``distill``. One that trains parameters of its own makes them in ``adapt``.
     """
 
-    asks_student: ClassVar[Asks] = frozenset({Part.LOGITS})
-    asks_teacher: ClassVar[Asks] = frozenset({Part.LOGITS})  # empty: training by this method alone costs no teacher pass
+    asks_student: ClassVar[Asks] = frozenset({Feature.LOGITS})
+    asks_teacher: ClassVar[Asks] = frozenset({Feature.LOGITS})  # empty: training by this method alone costs no teacher pass
     relational: ClassVar[bool] = False  # depends on which images share a batch: a per-device loss, for two images or more
     unmixed: ClassVar[bool] = False  # learns from unmixed images alone
     equation: ClassVar[str]  # LaTeX, in the notation of notebooks/methods.ipynb
@@ -89,7 +89,7 @@ class Method(nn.Module):
             raise ValueError(f"found a batch of 1 image; allowed: 2 or more ({type(self).__name__} depends on which images share a batch)")
         if batch.targets.shape != student.logits.shape:
             raise ValueError(f"found targets of shape {(*batch.targets.shape,)}; allowed: that of the logits, {(*student.logits.shape,)}")
-        if Part.LOGITS in self.asks_teacher and teacher.logits.shape[1] != student.logits.shape[1]:
+        if Feature.LOGITS in self.asks_teacher and teacher.logits.shape[1] != student.logits.shape[1]:
             classes = teacher.logits.shape[1]
             raise ValueError(f"found a teacher of {classes} classes; allowed: the student's {student.logits.shape[1]}; choose another one")
         with torch.autocast(student.logits.device.type, enabled=False):

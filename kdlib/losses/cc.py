@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from kdlib.losses.base import Method, count, non_negative
 from kdlib.losses.stages import embeddings_needed
-from kdlib.types import Batch, Output, OutputShape, Part, Terms
+from kdlib.types import Batch, Feature, Output, OutputShape, Terms
 
 
 def cc(student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
@@ -27,8 +27,8 @@ class CC(Method):
     Peng et al. (ICCV 2019) that the name comes from: that compares kernel matrices of the batch.
     """
 
-    asks_student = frozenset({Part.EMBEDDING})
-    asks_teacher = frozenset({Part.EMBEDDING})
+    asks_student = frozenset({Feature.EMBEDDING})
+    asks_teacher = frozenset({Feature.EMBEDDING})
     relational = True
     equation = (
         r"\frac{s}{B - 1} \sum_{i < B} \sum_d \left| f_s - f_t \right|_{i, d} \left| f_s - f_t \right|_{i + 1, d}"

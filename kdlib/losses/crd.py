@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kdlib.losses.base import Method, count, positive, share
 from kdlib.losses.stages import embeddings_needed
-from kdlib.ranks import everyones
-from kdlib.types import Batch, Output, OutputShape, Part, Terms
+from kdlib.parallel.ranks import gather_ranks
+from kdlib.types import Batch, Feature, Output, OutputShape, Terms
 
 # splitmix64's increment and multipliers (Steele, Lea, Flood, OOPSLA 2014) as int64, whose products wrap around like those of uint64
 INCREMENT, FIRST, SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -50,7 +50,7 @@ def log_mean_exp(
 ) -> Float[Tensor, ""]:
     """log of the mean of exp(similarity) over all positives and negatives, of every process; ``noise``: negatives of each anchor."""
     total = torch.logaddexp(positives.logsumexp(dim=0), negatives.logsumexp(dim=(0, 1)))
-    total_and_pairs = everyones(torch.stack([total, (1 + noise).sum().log()])[None]).logsumexp(dim=0)
+    total_and_pairs = gather_ranks(torch.stack([total, (1 + noise).sum().log()])[None]).logsumexp(dim=0)
     return total_and_pairs[0] - total_and_pairs[1]
 
 
@@ -112,7 +112,7 @@ class CRD(Method):
     Raises RuntimeError for an index outside of the bank.
     """
 
-    asks_student = asks_teacher = frozenset({Part.EMBEDDING})
+    asks_student = asks_teacher = frozenset({Feature.EMBEDDING})
     unmixed = True
     equation = (
         r"-\tfrac{1}{B} \sum_b \Big[ \log h(s_b, t_b) + \sum_{k=1}^{m} \log\left(1 - h(s_b, t'_k)\right)"
@@ -166,6 +166,6 @@ class CRD(Method):
         }
 
     def _remember(self, s: Float[Tensor, "batch dim"], t: Float[Tensor, "batch dim"], batch: Batch) -> None:
-        index, mixed = everyones(torch.stack([batch.index, batch.mixed.long()], dim=1)).unbind(dim=1)
+        index, mixed = gather_ranks(torch.stack([batch.index, batch.mixed.long()], dim=1)).unbind(dim=1)
         for bank, seen in ((self.student_bank, s), (self.teacher_bank, t)):
-            bank[index] = remembered(bank[index], everyones(seen), index, mixed.bool(), self.momentum)
+            bank[index] = remembered(bank[index], gather_ranks(seen), index, mixed.bool(), self.momentum)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from kdlib.losses.base import Method, count
 from kdlib.losses.stages import facing, pairs, same_size
-from kdlib.types import Batch, Output, OutputShape, Part, Terms
+from kdlib.types import Batch, Feature, Output, OutputShape, Terms
 
 
 def fitnet(guided: Float[Tensor, "batch channels h w"], hint: Float[Tensor, "batch channels h w"]) -> Float[Tensor, ""]:
@@ -24,8 +24,8 @@ class FitNet(Method):
     sizes differ, the larger map is average-pooled to the smaller one, so nothing but channels is learned.
     """
 
-    asks_student = frozenset({Part.MAPS})
-    asks_teacher = frozenset({Part.MAPS})
+    asks_student = frozenset({Feature.MAPS})
+    asks_teacher = frozenset({Feature.MAPS})
     equation = r"\mathrm{mean} \left( W \ast f_s - f_t \right)^2"
 
     def __init__(self, *, hard_weight: float, weight: float, stage: float) -> None:

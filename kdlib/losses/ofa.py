@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdlib.losses.base import Method, positive
 from kdlib.losses.stages import facing
-from kdlib.types import Batch, Logits, Output, OutputShape, Part, Terms
+from kdlib.types import Batch, Feature, Logits, Output, OutputShape, Terms
 
 
 def ofa(student: Logits, teacher: Logits, labels: Int[Tensor, " batch"], eps: float, temperature: float) -> Float[Tensor, ""]:
@@ -69,7 +69,7 @@ class OFA(Method):
     ``width`` is the larger of the two embeddings. Their BatchNorm makes the loss depend on which images share a batch.
     """
 
-    asks_student = frozenset({Part.LOGITS, Part.MAPS})
+    asks_student = frozenset({Feature.LOGITS, Feature.MAPS})
     relational = True
     equation = r"-\sum_{z \in \{z_s, g_1(f_s^1), \dots\}} \sum_c \left[ (q_c + 1_{c=y})^{\epsilon} - 1_{c=y} \right] \log \sigma(z / T)_c"
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kdlib.losses.base import Method, count
 from kdlib.losses.stages import embeddings_needed, facing, pairs
-from kdlib.types import Batch, Maps, Output, OutputShape, Part, Terms
+from kdlib.types import Batch, Feature, Maps, Output, OutputShape, Terms
 
 GRIDS = (4, 2, 1)  # cells per side at which HCL compares maps again
 
@@ -81,8 +81,8 @@ class ReviewKD(Method):
     share a batch.
     """
 
-    asks_student = frozenset({Part.PREACTIVATIONS, Part.EMBEDDING})
-    asks_teacher = frozenset({Part.PREACTIVATIONS, Part.EMBEDDING})
+    asks_student = frozenset({Feature.PREACTIVATIONS, Feature.EMBEDDING})
+    asks_teacher = frozenset({Feature.PREACTIVATIONS, Feature.EMBEDDING})
     relational = True
     equation = (
         r"\sum_l \frac{1}{\sum_k 2^{-k}} \sum_{k \ge 0} 2^{-k}\, \mathrm{MSE}\left(\mathrm{pool}_k(F_l), \mathrm{pool}_k(f_t^l)\right),"

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdlib.losses.base import Method, non_negative
 from kdlib.losses.stages import embeddings_needed
-from kdlib.types import Batch, Embedding, Output, OutputShape, Part, Terms
+from kdlib.types import Batch, Embedding, Feature, Output, OutputShape, Terms
 
 Pairs = Float[Tensor, "batch batch"]
 ELEMENTS = 2**20  # angles in memory at a time. At a batch of 256 the loss and its gradient take 28 MB; all angles at once, 406 MB
@@ -75,8 +75,8 @@ class RKD(Method):
     A per-device loss: distances and angles are those within the batch.
     """
 
-    asks_student = frozenset({Part.EMBEDDING})
-    asks_teacher = frozenset({Part.EMBEDDING})
+    asks_student = frozenset({Feature.EMBEDDING})
+    asks_teacher = frozenset({Feature.EMBEDDING})
     relational = True
     equation = (
         r"\frac{\lambda_d}{B^2} \sum_{i, j} h\left(d^s_{ij} - d^t_{ij}\right)"

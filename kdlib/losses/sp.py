@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kdlib.losses.base import Method
 from kdlib.losses.stages import facing
-from kdlib.types import Batch, Output, OutputShape, Part, Terms
+from kdlib.types import Batch, Feature, Output, OutputShape, Terms
 
 EMPTY = 1e-12  # a row shorter than this belongs to an image whose map is zero
 
@@ -33,8 +33,8 @@ def sp(student: Float[Tensor, "batch _ _ _"], teacher: Float[Tensor, "batch _ _ 
 class SP(Method):
     """``hard_weight * hard + weight * sp`` on the maps of the last stage. A per-device loss: images resemble those of their batch."""
 
-    asks_student = frozenset({Part.MAPS})
-    asks_teacher = frozenset({Part.MAPS})
+    asks_student = frozenset({Feature.MAPS})
+    asks_teacher = frozenset({Feature.MAPS})
     relational = True
     equation = (
         r"\tfrac{1}{B^2} \left\| \tilde G_t - \tilde G_s \right\|_F^2,"

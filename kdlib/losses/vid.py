@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdlib.losses.base import Method, positive
 from kdlib.losses.stages import facing, pairs, same_size
-from kdlib.types import Batch, Output, OutputShape, Part, Terms
+from kdlib.types import Batch, Feature, Output, OutputShape, Terms
 
 FLOOR = 1e-5  # of the variance
 
@@ -35,8 +35,8 @@ class VID(Method):
     average-pooled to the smaller one.
     """
 
-    asks_student = frozenset({Part.MAPS})
-    asks_teacher = frozenset({Part.MAPS})
+    asks_student = frozenset({Feature.MAPS})
+    asks_teacher = frozenset({Feature.MAPS})
     equation = (
         r"\sum_{\mathrm{stages}} \mathrm{mean}\ \tfrac12 \left[ \frac{(r(f_s) - f_t)^2}{\sigma^2} + \log \sigma^2 \right],"
         r"\quad \sigma^2 = \log(1 + e^{\alpha}) + \epsilon"

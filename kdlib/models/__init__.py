@@ -1,5 +1,5 @@
-"""Models: the small nets of the default study and any timm model, behind one interface."""
+"""Models: the nets of the default study and any timm model, behind one interface. Importing it registers our nets with timm."""
 
-from kdlib.models.build import Classifier, build
+from kdlib.models import cifar, resnet_small
 
-__all__ = ["Classifier", "build"]
+__all__ = ["cifar", "resnet_small"]

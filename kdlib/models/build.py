@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kdlib.models import cifar, features, small  # importing the nets registers them with timm
-from kdlib.types import Asks, Images, Output, OutputShape, Part
+from kdlib.models import (
+    cifar,
+    features,
+    resnet_small,  # importing the nets registers them with timm
+)
+from kdlib.types import Asks, Feature, Images, Output, OutputShape
 
 _UNFIT = (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError)  # what models raise for a size that is not theirs
 
@@ -29,14 +33,14 @@ class Classifier(nn.Module):
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: int) -> None:
         super().__init__()
         self.net, self.size = net, size
-        self._places: features.Places
+        self._places: features.TapPoints
         self.shape: OutputShape
         self._places, self.shape = features.explore(net, torch.zeros(1, len(mean), size, size))
         # not persistent: the weights file stays that of the timm model
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, images: Images, asks: Asks = frozenset({Part.LOGITS})) -> Output:
+    def forward(self, images: Images, asks: Asks = frozenset({Feature.LOGITS})) -> Output:
         if images.shape[-1] != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
         return features.answer(self.net, self._places, (images - self.mean) / self.std, asks)
@@ -49,7 +53,9 @@ def build(name: str, classes: int, channels: int, size: int, drop_path: float = 
     cannot take.
     """
     if not timm.is_model(name):
-        raise ValueError(f"found {name!r}; allowed: a timm model or one of {', '.join((*small.NAMES, *cifar.NAMES))}; {_closest(name)}")
+        raise ValueError(
+            f"found {name!r}; allowed: a timm model or one of {', '.join((*resnet_small.NAMES, *cifar.NAMES))}; {_closest(name)}"
+        )
     options: dict[str, Any] = {"num_classes": classes, "in_chans": channels}
     if drop_path:
         options["drop_path_rate"] = drop_path  # not every family knows it
@@ -94,6 +100,6 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
 
 
 def _closest(name: str) -> str:
-    pool = small.NAMES if name.startswith("kd_") else timm.list_models()
+    pool = resnet_small.NAMES if name.startswith("kd_") else timm.list_models()
     close = difflib.get_close_matches(name, pool, n=1, cutoff=0.4)
     return f"did you mean {close[0]!r}?" if close else "see timm.list_models()"

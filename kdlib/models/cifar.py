@@ -13,7 +13,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
-from kdlib.models.small import CFG
+from kdlib.models.resnet_small import CFG
 
 __all__: list[str] = []
 

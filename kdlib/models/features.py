@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlib.types import Asks, Embedding, Images, Maps, Output, OutputShape, Part
+from kdlib.types import Asks, Embedding, Feature, Images, Maps, Output, OutputShape
 
 STAGES = 4  # the deepest ones; a stem before them is no stage
 _ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "timm.layers.activations_me")
@@ -30,7 +30,7 @@ class Tap:
 
 
 @dataclass(frozen=True)
-class Places:
+class TapPoints:
     """Where a model's answers are found."""
 
     indices: tuple[int, ...] = ()  # entries of its feature_info at which its stages end
@@ -55,20 +55,20 @@ def stage_indices(net: nn.Module) -> tuple[int, ...]:
     return tuple(len(reductions) * (k + 1) // parts - 1 for k in range(parts))
 
 
-def explore(net: nn.Module, images: Images) -> tuple[Places, OutputShape]:
+def explore(net: nn.Module, images: Images) -> tuple[TapPoints, OutputShape]:
     """One forward pass in evaluation mode: where the answers are found, and their shapes.
 
     Raises what the model raises, and ValueError for one that is no classifier.
     """
     indices = stage_indices(net)
-    places = Places(indices, (None,) * len(indices), tuple(map(Tap, _classifiers(net))))
+    places = TapPoints(indices, (None,) * len(indices), tuple(map(Tap, _classifiers(net))))
     training = net.training
     last: dict[nn.Module, Tensor] = {}
     activations = [module for module in net.modules() if type(module).__module__ in _ACTIVATIONS]
     handles = [module.register_forward_hook(lambda one, _, output: last.__setitem__(one, output)) for module in activations]
     try:
         with torch.no_grad():
-            output = answer(net.eval(), places, images, frozenset({Part.EMBEDDING, Part.MAPS}))
+            output = answer(net.eval(), places, images, frozenset({Feature.EMBEDDING, Feature.MAPS}))
     finally:
         for handle in handles:
             handle.remove()
@@ -81,23 +81,23 @@ def explore(net: nn.Module, images: Images) -> tuple[Places, OutputShape]:
     taps = tuple(None if ending is None else Tap(ending) for ending in endings)
     features = 0 if output.embedding is None else output.embedding.shape[1]
     shape = OutputShape(output.logits.shape[1], features, tuple((*stage.shape[1:],) for stage in maps))
-    return Places(indices, taps, places.classifiers), shape
+    return TapPoints(indices, taps, places.classifiers), shape
 
 
-def answer(net: nn.Module, places: Places, images: Images, asks: Asks) -> Output:
+def answer(net: nn.Module, places: TapPoints, images: Images, asks: Asks) -> Output:
     """The model's answer to normalised images. What the model cannot give stays None.
 
     The network and its head run once, whatever is asked: its BatchNorm counts each image once, its dropout draws once.
     """
     net_: Any = net
-    endings = places.activations if Part.PREACTIVATIONS in asks else (None,) * len(places.indices)
-    taps = [tap for tap in (*endings, *(places.classifiers if Part.EMBEDDING in asks else ())) if tap is not None]
+    endings = places.activations if Feature.PREACTIVATIONS in asks else (None,) * len(places.indices)
+    taps = [tap for tap in (*endings, *(places.classifiers if Feature.EMBEDDING in asks else ())) if tap is not None]
     maps: Maps | None = None
     before: Maps | None = None
     try:
         for tap in taps:
             tap.on = True
-        if asks & {Part.MAPS, Part.PREACTIVATIONS} and places.indices:
+        if asks & {Feature.MAPS, Feature.PREACTIVATIONS} and places.indices:
             features, found = net_.forward_intermediates(images, indices=list(places.indices), output_fmt="NCHW")
             logits, maps = net_.forward_head(features), tuple(found)
             before = tuple(stage if tap is None or tap.given is None else tap.given for tap, stage in zip(endings, maps, strict=True))
@@ -107,7 +107,7 @@ def answer(net: nn.Module, places: Places, images: Images, asks: Asks) -> Output
     finally:
         for tap in taps:
             tap.on, tap.given = False, None
-    return Output(logits, embedding, maps if Part.MAPS in asks else None, before if Part.PREACTIVATIONS in asks else None)
+    return Output(logits, embedding, maps if Feature.MAPS in asks else None, before if Feature.PREACTIVATIONS in asks else None)
 
 
 def _classifiers(net: Any) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from kdlib.config import some
+from kdlib.errors import some
 
 State = dict[str, Tensor]
 

@@ -1,0 +1,84 @@
+"""Image files in class folders: found by timm's reader, decoded once by Pillow to square RGB."""
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key
+
+from kdlib.data.dataset import BLOCK, Images
+from kdlib.data.paths import check_layout
+from kdlib.data.splits import Labels
+from kdlib.errors import refuse
+
+
+def find(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
+    """Class names in natural order, the image files below ``root/<class>/`` sorted by class and name, and their classes.
+
+    Files without an image's extension are ignored, as timm does. Raises ``Refused`` about ``key`` for a missing folder, an empty class,
+    fewer than two classes, an image outside of the class folders or deeper within them (timm would name its class by the innermost folder).
+    """
+    if not root.is_dir():
+        raise refuse(key, str(root), "a folder that exists", "correct the path")
+    files = sorted(Path(file) for file, _ in find_images_and_targets(str(root), sort=False)[0])
+    for file in files:
+        if file.parent.parent != root:
+            raise refuse(key, str(file), f"images directly in {root}/<class>/", "move it into the folder of its class")
+    folders = {folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
+    empty = sorted(folders - {file.parent.name for file in files})
+    if empty:
+        raise refuse(key, str(root / empty[0]), "at least one image of every class", "add images or remove the folder")
+    # By name too: natural_key takes "A" for "a" and "01" for "1", and would leave their order to the file system.
+    names = sorted({file.parent.name for file in files}, key=lambda name: (natural_key(name), name))
+    if len(names) < 2:
+        raise refuse(key, f"{root} with classes {names}", "at least 2 classes", "add a folder of images for each class")
+    rank = {name: label for label, name in enumerate(names)}
+    files.sort(key=lambda file: (rank[file.parent.name], file.name))
+    return names, [str(file) for file in files], np.array([rank[file.parent.name] for file in files], np.int64)
+
+
+def official(key: str, root: Path) -> tuple[list[str], dict[str, tuple[list[str], Labels]]]:
+    """Class names of ImageNet's layout, and of ``train`` and ``val`` the files with their classes.
+
+    Raises ``Refused`` about ``key`` where ``find`` does, and if the two have not the same classes.
+    """
+    check_layout(key, root)
+    found = {part: find(key, root / part) for part in ("train", "val")}
+    same_classes(key, found["train"][0], found["val"][0])
+    return found["train"][0], {part: (files, labels) for part, (_, files, labels) in found.items()}
+
+
+def same_classes(key: str, train: Collection[str], val: Collection[str]) -> None:
+    """Raises ``Refused`` about ``key`` for a class that only one of the two has."""
+    if odd := sorted(set(train) ^ set(val)):
+        raise refuse(key, f"{odd[0]} in only one of train/ and val/", "the same classes in both", "add its images or remove the class")
+
+
+def decode(key: str, file: str, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """RGB; the short side resized to ``size`` (bicubic, antialiased), the centre cut out: in one step, exact at native size.
+
+    Raises ``Refused`` about ``key``, naming the file.
+    """
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        found = f"{file}: {' '.join(str(error).split())}"
+        raise refuse(key, found, "images that Pillow can read", "replace or remove this file") from error
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
+
+
+def decode_all(key: str, files: Sequence[str], size: int) -> Iterator[Images]:
+    """Decoded blocks in order, by as many threads as there are cores (Pillow lets go of the interpreter while it decodes)."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    step = max(4 * workers, BLOCK // (size * size * 3))
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(files), step):
+            yield np.stack(list(pool.map(lambda file: decode(key, file, size), files[start : start + step])))

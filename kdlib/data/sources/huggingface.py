@@ -1,0 +1,85 @@
+"""A Hugging Face data set that ``save_to_disk`` wrote: where the bytes of each image lie within its Arrow files.
+
+Arrow keeps them as they came, one image after another, so that they are read as an image of a tar file is: by place, without `datasets`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from kdlib.data.paths import folder
+from kdlib.decoding.shards import Member
+from kdlib.errors import Refused, refuse
+
+SPLITS = {"train": ("train",), "val": ("validation", "val")}  # what each part may be called
+SAVED = 'a folder that `datasets` saved, with train and validation: load_dataset("PARQUET").save_to_disk("FOLDER")'
+
+Stored = list[tuple[str, Member]]  # each image of a part: its file, and where it lies there
+
+
+def index(key: str, root: Path) -> tuple[list[str], dict[str, Stored]]:
+    """The names of the classes, by number, and the images of train and val. No image is read, and nothing is downloaded.
+
+    Raises ``Refused`` about ``key`` for a folder without such a data set, without one column of images and one of classes, or with a row
+    that has no class. An image of no bytes is one that cannot be read.
+    """
+    datasets = _package()
+    folder(key, root, SAVED)
+    try:
+        saved = datasets.load_from_disk(str(root))
+        splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {}
+        parts = {part: next(splits[name] for name in names if name in splits) for part, names in SPLITS.items()}
+    except StopIteration:
+        raise refuse(key, f"{root} with {', '.join(splits) or 'no splits'}", SAVED, "give it both splits") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise refuse(key, f"{root}: {' '.join(str(error).split())}", SAVED, "correct the path, or save it so once") from error
+    columns = [_only(key, parts["train"].features, kind) for kind in (datasets.Image, datasets.ClassLabel)]
+    names = parts["train"].features[columns[1]].names
+    for part in parts.values():
+        if part.features != parts["train"].features:
+            raise refuse(key, f"splits of {root} with other columns or classes", "the same in both", "save them again")
+    return names, {part: list(_images(key, split, columns, names)) for part, split in parts.items()}
+
+
+def _package() -> Any:
+    try:
+        import datasets  # noqa: PLC0415 (takes a second, and is an extra)
+    except ImportError as error:
+        do = '`pip install -e ".[huggingface]"`'
+        raise Refused(f"{error.name}: found no such package; allowed: Hugging Face's datasets and what it needs; {do}") from error
+    return datasets
+
+
+def _only(key: str, features: dict[str, Any], kind: type) -> str:
+    """The name of the one column of a kind."""
+    names = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if len(names) != 1:
+        found = f"{len(names)} columns of kind {kind.__name__} among {', '.join(features)}"
+        raise refuse(key, found, "one of Image and one of ClassLabel", "select_columns, then save_to_disk")
+    return names[0]
+
+
+def _images(key: str, split: Any, columns: list[str], names: list[str]) -> Iterator[tuple[str, Member]]:
+    for file in (each["filename"] for each in split.cache_files):
+        for row, (path, first, length, label) in enumerate(_rows(file, *columns)):
+            if label < 0:
+                raise refuse(key, f"{file}: row {row:,} without a class", "a class in every row", "filter it, and save it again")
+            yield file, Member(PurePath(path or f"{row:09}").stem, first, length, names[label])
+
+
+def _rows(file: str, image: str, label: str) -> Iterator[tuple[str | None, int, int, int]]:
+    """Of each row, in order: what its image was called, first byte in the file, number of bytes, number of its class."""
+    import pyarrow  # noqa: PLC0415 (comes with `datasets`)
+
+    with pyarrow.memory_map(file) as opened:
+        whole = opened.read_buffer()
+        for batch in pyarrow.ipc.open_stream(whole):
+            content = batch.column(image).field("bytes")
+            _, ends, data = content.buffers()
+            wide = np.int64 if pyarrow.types.is_large_binary(content.type) else np.int32
+            ends = np.frombuffer(ends, wide, len(batch) + 1).astype(np.int64)
+            firsts = (data.address - whole.address if data else 0) + ends[:-1]
+            paths, labels = batch.column(image).field("path").to_pylist(), batch.column(label).fill_null(-1).to_pylist()
+            yield from zip(paths, firsts.tolist(), np.diff(ends).tolist(), labels, strict=True)

@@ -1,0 +1,1 @@
+"""Training: what a run's numbers are made of."""

@@ -1,0 +1,1 @@
+"""The study: everything that stands on the library and is no part of it."""

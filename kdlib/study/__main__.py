@@ -1,0 +1,5 @@
+"""``python -m kdlib.study``."""
+
+from kdlib.study.cli.study import main
+
+main()

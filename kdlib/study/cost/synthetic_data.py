@@ -1,0 +1,80 @@
+"""Data sets that are not there: how large one will be, and random images of its shape, to try training on before any image is read."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdlib.config.schema import Cifar100, DataSource, Digits, Fractals, Imagenet, Originals
+from kdlib.data.dataset import DataSet, Split
+from kdlib.data.sources import Shape, declared_shape, digits
+from kdlib.seed import generator
+
+IMAGENET = 1_281_167  # official training images (Russakovsky et al., IJCV 2015, arXiv 1409.0575, table 2)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What training costs depend on."""
+
+    name: str
+    shape: Shape
+    hflip: float
+    train_images: int
+    assumed: bool = False  # nobody has counted: as many as ImageNet's
+
+
+def _digits(params: Digits) -> int:
+    return len(digits.contents("digits", params).labels["train"])
+
+
+def _fractals(params: Fractals) -> int:
+    return params.classes * params.train_per_class
+
+
+def _cifar100(params: Cifar100) -> int:
+    return 100 * (500 - max(1, round(params.val_fraction * 500)))
+
+
+def _imagenet(params: Imagenet | Originals) -> int:
+    """Wrong by up to half an image of each class, since the validation images are drawn class by class."""
+    return IMAGENET - round(params.val_fraction * IMAGENET)
+
+
+# Training images, for the sources of which params.yaml tells them.
+KNOWN: dict[str, Callable[[Any], int]] = {
+    "digits": _digits,
+    "fractals": _fractals,
+    "cifar100": _cifar100,
+    "imagenet": _imagenet,
+    "originals": _imagenet,
+}
+
+
+def facts(name: str, params: DataSource, folder: Path) -> Facts | None:
+    """As the data stage has found them, if ``folder`` holds a data set of this source and size; else as params.yaml tells; else None."""
+    path = folder / "data.json"
+    if path.is_file():
+        found = json.loads(path.read_text("utf-8"))
+        if found["source"] == params.source and found["size"] == declared_shape(params)[2]:
+            shape = found["classes"], found["channels"], found["size"]
+            return Facts(name, shape, params.hflip, found["counts"]["train"])
+    if params.source not in KNOWN:
+        return None
+    return Facts(name, declared_shape(params), params.hflip, KNOWN[params.source](params), params.source == "originals")
+
+
+def imagined(of: Facts) -> DataSet:
+    """As many different random images, in equally large classes. They overlap: all of ImageNet's take as little memory as one image."""
+    classes, channels, size = of.shape
+    noise = generator(0, "imagined").integers(0, 256, size * size * channels + of.train_images, np.uint8)
+    shape, strides = (of.train_images, size, size, channels), (1, size * channels, channels, 1)
+    split = Split(
+        np.lib.stride_tricks.as_strided(noise, shape, strides, writeable=False),
+        np.arange(of.train_images, dtype=np.int64) % classes,
+    )
+    names, half = [str(label) for label in range(classes)], (0.5,) * channels
+    return DataSet(of.name, classes, names, size, channels, of.hflip, half, half, "", split, split, split)

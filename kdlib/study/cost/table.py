@@ -1,0 +1,110 @@
+"""What a study is expected to cost: a row for each teacher and comparison, for the screen and for programs."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+
+from kdlib.study.cost.estimate import Forecast, Row, total
+
+WIDTH = 120  # characters of a line on the screen
+SHORTEST = 8  # characters that a name is cut to, at least
+_COUNTS = ("runs", "images", "peak_bytes", "checkpoint_bytes", "weights_bytes", "answers_bytes")
+_PREFIXES = {1e18: " E", 1e15: " P", 1e12: " T", 1e9: " G", 1e6: " M", 1e3: " k"}
+
+
+def frame(rows: Sequence[Row]) -> pd.DataFrame:
+    """All numbers, in images, operations, hours and bytes; blank where unknown."""
+    tidy: list[dict[str, Any]] = []
+    for row in rows:
+        about = asdict(row)
+        tidy.append({**about, **about.pop("forecast")})
+    found = pd.DataFrame(tidy).drop(columns="forecast")
+    return found.astype(dict.fromkeys(_COUNTS, "Int64") | {"flops": "float64"})  # ImageNet's are too many for 64 bits
+
+
+def screen(rows: Sequence[Row], on_gpu: bool) -> str:
+    """The rows and their total, in lines of at most ``WIDTH`` characters; names that are too long for that are cut."""
+    heads = ["", "student", "teacher", "recipe", "runs", "images", "FLOPs", "img/s", "GPU time" if on_gpu else "time", "memory", "disk"]
+    cells = [[row.name, row.student, row.teacher or "", row.recipe, *_numbers(row.forecast)] for row in rows]
+    cells.append(["total", "", "", "", *_numbers(total([row.forecast for row in rows]))])
+    names = 4
+    widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]
+    while sum(widths) + 2 * (len(widths) - 1) > WIDTH and max(widths[:names]) > SHORTEST:
+        widths[widths.index(max(widths[:names]))] -= 1
+    return "\n".join(_line(line, widths, names) for line in (heads, *cells))
+
+
+def notes(rows: Sequence[Row], where: str, steps: int, processes: int, assumed: Sequence[str]) -> list[str]:
+    """What is to be known beside the numbers, of a plan made on a device by so many steps, for processes that train together.
+
+    ``assumed``: data sets whose images were not counted, but taken to be ImageNet's.
+    """
+    told = [f"{data}: images are counted by the data stage, which has not run" for data in unknown(rows)]
+    if steps:
+        told += [
+            f"img/s (through all students) and memory (torch's own) are those of one process on {where}, from {steps} steps on random",
+            "images that lie in memory, without a search for what compiling gains; time is without validation and tests, and does not",
+            "know what is finished already",
+        ]
+    if shared := sum(row.shared for row in rows):
+        told.append(f"{shared} runs that an earlier comparison makes too are counted there")
+    told += [f"{data}: counted as ImageNet's official images, and not decoded, since the data stage has not run" for data in assumed]
+    told += [
+        f"{row.name}: reading and decoding take {row.forecast.decoding:.2g} times what training takes; more cores would help"
+        for row in rows
+        if (row.forecast.decoding or 0) > 1
+    ]
+    wall = total([row.forecast for row in rows]).wall_hours
+    if processes > 1 and wall is not None:
+        told.append(f"time is that of one of {processes} processes times {processes}; on the clock, if they do not wait, {duration(wall)}")
+    for row in rows:
+        if row.live_bytes:
+            size = short(row.live_bytes, "B")
+            told.append(f"{row.name}: answers to the views of a seed take {size}, more than study.answers_gb: the teacher stays live")
+    return told
+
+
+def unknown(rows: Sequence[Row]) -> list[str]:
+    """Data sets whose images are not counted yet."""
+    return sorted({row.data for row in rows if row.forecast.images is None})
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], names: int) -> str:
+    shown = [cell if len(cell) <= width else cell[: width - 1] + "…" for cell, width in zip(cells, widths, strict=True)]
+    aligned = [cell.ljust(width) if i < names else cell.rjust(width) for i, (cell, width) in enumerate(zip(shown, widths, strict=True))]
+    return "  ".join(aligned).rstrip()
+
+
+def _numbers(of: Forecast) -> list[str]:
+    disk = [of.checkpoint_bytes, of.weights_bytes, of.answers_bytes]
+    known = [size for size in disk if size is not None]
+    return [
+        f"{of.runs:,}",
+        short(of.images),
+        short(of.flops),
+        "" if of.images_a_second is None else f"{of.images_a_second:,.0f}",
+        duration(of.hours),
+        short(of.peak_bytes, "B"),
+        short(sum(known) if len(known) == len(disk) else None, "B"),
+    ]
+
+
+def short(value: int | float | None, unit: str = "") -> str:
+    """Three digits and a prefix: 1.23 T; blank for None."""
+    if value is None:
+        return ""
+    for factor, prefix in _PREFIXES.items():
+        if value >= factor:
+            return f"{value / factor:.3g}{prefix}{unit}"
+    return f"{value:.3g}{f' {unit}' if unit else ''}"
+
+
+def duration(hours: float | None) -> str:
+    """In the unit in which people say it; blank for None."""
+    if hours is None:
+        return ""
+    if hours < 1 / 60:
+        return f"{3600 * hours:.0f} s"
+    return f"{60 * hours:.0f} min" if hours < 2 else f"{hours:,.{1 if hours < 100 else 0}f} h"

@@ -1,0 +1,23 @@
+"""Where published implementations disagree, with the definition or with each other: each one measured beside ours.
+
+What others compute is re-created here in our own words, as small as it goes, from reading the repository or paper that is named.
+"""
+
+import pandas as pd
+
+from kdlib.study.display.discrepancies import features, logits
+from kdlib.study.display.discrepancies.base import Disagreement
+
+DISAGREEMENTS: list[Disagreement] = [*logits.FOUND, *features.FOUND]
+
+__all__ = ["DISAGREEMENTS", "Disagreement", "table"]
+
+
+def table() -> pd.DataFrame:
+    """All of them, measured now: one row each."""
+    rows = []
+    for one in DISAGREEMENTS:
+        there, here = one.pair()
+        row = {"method": one.method, "who": one.who, "what they compute instead": one.instead, "measured": one.measured}
+        rows.append(row | {"there": there, "here": here, "difference": there - here})
+    return pd.DataFrame(rows)

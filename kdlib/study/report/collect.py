@@ -1,0 +1,129 @@
+"""Run directories -> tables of numbers. Everything written here is whole or not there at all."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from kdlib.errors import Refused
+from kdlib.files import read_json
+from kdlib.study.training.planned import DISTILL, TEACHERS, Run, run_folder
+
+MEASURES = ("top1", "top5", "nll", "ece", "agreement", "teacher_kl")
+_TEXTS = (
+    *("comparison", "data", "teacher", "student", "recipe", "hard_loss"),
+    *("method", "variant", "looks_at", "parameters", "fingerprint", "status", "diverged_cause"),
+)
+_COUNTS = (
+    *("classes", "train_images", "seed", "diverged_step", "images_seen", "steps"),
+    *("student_parameters", "extra_parameters", "extra_bytes", "step_bytes", "train_flops", "teacher_flops"),
+)
+_TRUTHS = ("relational", "trial")
+COLUMNS = [
+    *("comparison", "data", "classes", "fraction", "train_images", "teacher", "student", "recipe", "hard_loss"),
+    *("method", "variant", "looks_at", "relational", "parameters", "seed", "trial", "fingerprint"),
+    *("status", "diverged_step", "diverged_cause", "images_seen", "steps"),
+    *("student_parameters", "extra_parameters", "extra_bytes", "step_bytes", "train_flops", "teacher_flops"),
+    *(f"{split}_{measure}" for split in ("val", "test") for measure in MEASURES),
+]
+_TYPES = {
+    name: "string" if name in _TEXTS else "Int64" if name in _COUNTS else "bool" if name in _TRUTHS else "float64" for name in COLUMNS
+}
+
+
+def read_runs(path: Path) -> pd.DataFrame:
+    """results/runs.csv as ``collect`` made it."""
+    return pd.read_csv(path, dtype=_TYPES, keep_default_na=False, na_values=[""])[COLUMNS]
+
+
+def has_all(root: Path, expected: Iterable[Run]) -> bool:
+    """Whether every one of these runs was brought to its end."""
+    return not _missing(root, expected)
+
+
+def has_teacher(root: Path, name: str) -> bool:
+    """Whether this teacher was made."""
+    return (root / TEACHERS / name / "metrics.json").is_file()
+
+
+def collect(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
+    """One row per expected run, in that order; other folders are not looked at. Numbers are rounded as runs.csv shows them,
+    so that every table can be computed again from that file alone. Raises ``Refused`` when runs are missing."""
+    expected = list(expected)
+    _require(root, expected)
+    rows = []
+    for run in expected:
+        folder = run_folder(root, run)
+        row = read_json(folder / "run.json") | read_json(folder / "metrics.json")
+        found = (row["comparison"], row["variant"], row["seed"])
+        if found != run:
+            raise Refused(f"{folder / 'run.json'}: found run {found}; allowed: {run}; the folder was moved: delete it and run `dvc repro`")
+        rows.append(row | {"parameters": json.dumps(row["parameters"], separators=(",", ":"))})
+    return pd.DataFrame(rows, columns=COLUMNS).astype(_TYPES).round(6)
+
+
+def curves(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
+    """curve.csv of every expected run, one below the other, with the run's name in front. Raises ``Refused`` when runs are missing."""
+    return _join(root, expected, lambda folder: pd.read_csv(folder / "curve.csv"))
+
+
+def timing(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
+    """timing.json of every expected run (seconds; they differ from run to run and nothing may depend on them), and ``on``, where it ran."""
+    return _join(root, expected, lambda folder: pd.DataFrame([read_json(folder / "timing.json") | {"on": _machine(folder)}]))
+
+
+def _machine(folder: Path) -> str:
+    """What seconds can be compared within."""
+    where = read_json(folder / "environment.json")
+    return f"{where['device']}, {where['threads']} threads, torch {where['torch']}"
+
+
+def teachers(root: Path, names: Iterable[str]) -> pd.DataFrame:
+    """metrics.json of every named teacher, one row each. Raises ``Refused`` when one is missing."""
+    return _join_teachers(root, names, lambda folder: pd.DataFrame([read_json(folder / "metrics.json")]))
+
+
+def teacher_curves(root: Path, names: Iterable[str]) -> pd.DataFrame:
+    """curve.csv of every named teacher that has one: a loaded teacher was not trained here."""
+    return _join_teachers(
+        root, names, lambda folder: pd.read_csv(folder / "curve.csv") if (folder / "curve.csv").is_file() else pd.DataFrame()
+    )
+
+
+def _join(root: Path, expected: Iterable[Run], read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
+    expected = list(expected)
+    _require(root, expected)
+    parts = []
+    for run in expected:
+        part = read(run_folder(root, run))
+        comparison, variant, seed = run
+        parts.append(
+            pd.concat([pd.DataFrame({"comparison": comparison, "variant": variant, "seed": seed}, index=part.index), part], axis=1)
+        )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["comparison", "variant", "seed"])
+
+
+def _join_teachers(root: Path, names: Iterable[str], read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
+    names = list(names)
+    _refuse_missing([str(TEACHERS / name) for name in names if not has_teacher(root, name)], len(names))
+    parts = []
+    for name in names:
+        part = read(root / TEACHERS / name)
+        part.insert(0, "teacher", name)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["teacher"])
+
+
+def _require(root: Path, expected: list[Run]) -> None:
+    _refuse_missing([f"{DISTILL / name / variant}/seed_{seed}" for name, variant, seed in _missing(root, expected)], len(expected))
+
+
+def _missing(root: Path, expected: Iterable[Run]) -> list[Run]:
+    return [run for run in expected if not (run_folder(root, run) / "metrics.json").is_file()]
+
+
+def _refuse_missing(missing: list[str], of: int) -> None:
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise Refused(f"runs: {len(missing)} of {of} are missing ({shown}); run `dvc repro`")

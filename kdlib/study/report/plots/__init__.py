@@ -1,0 +1,44 @@
+"""runs.csv and curves -> figures. A method has the same colour everywhere; every interval and n is named in the figure."""
+
+from collections.abc import Callable
+
+from matplotlib.figure import Figure
+
+from kdlib.config.schema import Params
+from kdlib.study.report.build import Numbers
+from kdlib.study.report.plots import by_method, scales
+from kdlib.study.report.plots.curves import learning_curves, teacher_curve
+from kdlib.study.report.plots.scales import data_scale
+from kdlib.study.report.plots.style import colours as colours
+from kdlib.study.report.plots.style import save as save
+from kdlib.study.report.plots.tuning import grids
+from kdlib.study.report.tables.effort import sweeps
+
+Figures = dict[str, Figure]
+
+
+def build(study: Params, numbers: Numbers) -> Figures:
+    """By name: the teachers, and what belongs to the tables that study.tables names; a table's own figure has its name."""
+    figures = {"teachers": teacher_curve(numbers.teacher_curves, numbers.teachers)}
+    for name in study.study.tables:
+        if name in FIGURES:
+            figures |= FIGURES[name](study, numbers)
+    return figures
+
+
+def _recipes(study: Params, numbers: Numbers) -> Figures:
+    data = dict.fromkeys(comparison.data for comparison in study.comparisons.values())
+    figures = {f"accuracy_{name}": scales.accuracy(study, numbers.runs, name) for name in data}
+    return figures | {f"learning_curves_{name}": learning_curves(study, numbers.curves, name) for name in data}
+
+
+def _methods(study: Params, numbers: Numbers) -> Figures:
+    return by_method.plot_leads(study, numbers.runs, numbers.timing) | by_method.plot_accuracy(study, numbers.runs, numbers.timing)
+
+
+FIGURES: dict[str, Callable[[Params, Numbers], Figures]] = {
+    "data_scale": lambda study, of: {"data_scale": data_scale(study, of.runs, of.published)},
+    "recipes": _recipes,
+    "tuning": lambda study, of: {f"grid_{name}": grids(study, of.runs, name) for name in sweeps(study)},
+    "methods": _methods,
+}

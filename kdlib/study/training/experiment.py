@@ -1,0 +1,298 @@
+"""Assembles one stage of the study from its names: the only place that knows data sets, models, methods and recipes by name."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, SupportsFloat, SupportsInt
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from kdlib import config
+from kdlib.config.schema import Comparison, Params
+from kdlib.data.dataset import DataSet, load
+from kdlib.data.sources import prepare
+from kdlib.data.splits import Index, subset
+from kdlib.engine.teacher import Teacher
+from kdlib.engine.threads import threads
+from kdlib.engine.train import Job, Setting, train, write_measured
+from kdlib.errors import known, refuse, refuse_full_disk
+from kdlib.files import read_json, sha256, write_json
+from kdlib.losses import METHODS, looks_at
+from kdlib.models.build import Classifier, build
+from kdlib.models.checkpoints import load_checkpoint
+from kdlib.parallel.launch import placed
+from kdlib.parallel.placement import Placement
+from kdlib.parallel.ranks import from_rank_zero, rank, say, wait_for_all
+from kdlib.study.training import identity
+from kdlib.study.training.checks import check_against_data, check_launch, check_method, check_names, full_memory_refused
+from kdlib.study.training.code_hash import fingerprint
+from kdlib.study.training.planned import DATA, TEACHERS, TUNED, Variant, methods_of, run_folder, trials_of
+from kdlib.study.training.store import ANSWERS, Store, beside_dvc_cache
+
+PLAIN = next(name for name, method in METHODS.items() if not method.asks_teacher)  # how a teacher is trained
+Group = tuple[Sequence[Variant], int]  # variants and a seed: trained together, they share batches and one teacher pass
+
+
+class Diverged(RuntimeError):
+    """A loss was not finite, and params.yaml says that this ends the study."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run that the study needs, by name and by fingerprint."""
+
+    variant: Variant
+    seed: int
+    fingerprint: str
+
+
+class Experiment:
+    """The study in a folder. Opening it checks params.yaml completely and reads nothing else.
+
+    Raises ``Refused`` for the first thing in params.yaml that is wrong.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or config.find_root()
+        self.study: Params = placed(config.load(self.root))
+        self.store = Store(beside_dvc_cache(self.root))
+        self.answers = beside_dvc_cache(self.root, ANSWERS)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.schedule = Placement.on(self.device, self.study.study.launch, Diverged)
+        check_names(self.study)
+        check_launch(self.study)
+
+    # -- data -----------------------------------------------------------------------------------------------------------------
+
+    def prepare_data(self, name: str) -> DataSet:
+        """Write the folder of a data set."""
+        key = known("data", name, self.study.data)
+        return prepare(key, self.study.data[key], self.root / DATA / key)
+
+    def data(self, name: str) -> DataSet:
+        """Open the folder of a data set that the data stage has written."""
+        return load(self.root / DATA / name)
+
+    # -- teacher --------------------------------------------------------------------------------------------------------------
+
+    @refuse_full_disk()
+    def make_teacher(self, name: str) -> dict[str, Any]:
+        """Train or load a teacher and measure it. Returns its metrics. Raises ``Refused`` below the accuracy demanded of it."""
+        params = self.study.teachers[known("teachers", name, self.study.teachers)]
+        data = self.data(params.data)
+        check_against_data(self.study, data)
+        folder = self.root / TEACHERS / name
+        if params.checkpoint is None:
+            found = self.store.run(self.schedule.run_together(functools.partial(self._train_teacher, name)).fingerprint)
+        else:
+            found = self._import_checkpoint(name, data)
+        metrics = read_json(found / "metrics.json")
+        if metrics["status"] != "finished":
+            what = f"diverged at step {metrics['diverged_step']}"
+            raise refuse(f"teachers.{name}", what, "a teacher whose loss stays finite", metrics["diverged_cause"])
+        top1 = metrics["test_top1"]
+        if top1 < params.min_top1:
+            raise refuse(
+                f"teachers.{name}.min_top1",
+                params.min_top1,
+                f"at most the top-1 of {top1:.4f} that this teacher reaches on the test split",
+                "train it longer or with more data, choose a stronger model, or demand less of it",
+            )
+        write_json(folder / "run.json", {"teacher": name, **params.model_dump(), "fingerprint": found.name})
+        self.store.export(found.name, folder)
+        return metrics
+
+    def teacher(self, name: str) -> tuple[Teacher, str]:
+        """A teacher that the teacher stage has made, frozen, and what tells its answers from another's: its model and its weights."""
+        params, path = self.study.teachers[name], self.root / TEACHERS / name / "weights.safetensors"
+        if not path.is_file():
+            raise refuse(f"teachers.{name}", "no weights", "a teacher that the teacher stage has made", f"run `dvc repro teacher@{name}`")
+        return Teacher(self._trained(params.model, params.data, params.size, path)), fingerprint(params.model, params.size, sha256(path))
+
+    # -- distillation ---------------------------------------------------------------------------------------------------------
+
+    @refuse_full_disk()
+    def distill(self, name: str) -> list[Path]:
+        """Bring every run of a comparison to its end and put it below runs/distill/. Returns the folders.
+
+        A finished run is taken from the store, an interrupted one goes on, anything else is trained; on a CPU the seeds side by side.
+        """
+        comparison = self.study.comparisons[known("comparisons", name, self.study.comparisons)]
+        check_against_data(self.study, self.data(comparison.data))
+        folders = []
+        if comparison.sweep:
+            trials = self.schedule.groups(trials_of(comparison, self.study), [comparison.sweep.seed])
+            folders += [self._export(name, plan) for plan in self._run_groups(name, trials)]
+        variants = [*methods_of(comparison, self.study), *self._chosen(name)]
+        groups = self.schedule.groups(variants, self.study.study.seeds)
+        return folders + [self._export(name, plan) for plan in self._run_groups(name, groups)]
+
+    @refuse_full_disk()
+    def try_method(self, comparison: str, method: str, seed: SupportsInt, **parameters: SupportsFloat) -> Path:
+        """Train one method of a comparison with some of its parameters changed; the folder of the run in the store.
+
+        The same functions as the pipeline's; runs/ and results/ stay as they are, and the same call again costs nothing.
+        """
+        known("comparisons", comparison, self.study.comparisons)
+        # typed as params.yaml's numbers are: 4 and 4.0, or a seed out of a table, must name one run
+        changed = {name: float(value) for name, value in parameters.items()}
+        variant = Variant(method, method, {**self.study.methods[known("method", method, self.study.methods)], **changed})
+        check_method(f"methods.{method}", method, variant.parameters)
+        check_against_data(self.study, self.data(self.study.comparisons[comparison].data))
+        among = self.study.comparisons[comparison]
+        variants = len(among.methods) + len(among.sweep.grids if among.sweep else ())
+        with threads(self.schedule.threads(variants, len(self.study.study.seeds))):  # as in its comparison
+            (plan,) = self._run(comparison, ([variant], int(seed)))
+        return self.store.run(plan.fingerprint)
+
+    def student(self, comparison: str, folder: Path) -> Classifier:
+        """A student with the final weights of a run of this comparison."""
+        params = self.study.comparisons[comparison]
+        return self._trained(params.student, params.data, None, folder / "weights.safetensors").eval()
+
+    # -- inside ---------------------------------------------------------------------------------------------------------------
+
+    def _trained(self, model: str, data_name: str, size: int | None, weights: Path) -> Classifier:
+        data = self.data(data_name)
+        classifier = build(model, data.classes, data.channels, size or data.size)
+        classifier.net.load_state_dict(load_file(weights))
+        return classifier.to(self.device)
+
+    def _train_teacher(self, name: str) -> Planned:
+        params = self.study.teachers[name]
+        data, recipe = self.data(params.data), self.study.recipes[params.recipe]
+        index, size = np.arange(len(data.train.labels)), params.size or data.size
+        compute = self.study.study.compute
+        setting = Setting(data, index, params.model, size, None, recipe, params.seed, self.device, f"teacher {name}", compute)
+        alone = Variant(PLAIN, PLAIN, {"hard_weight": 1.0})
+        plan = Planned(alone, params.seed, identity.of_run(setting, None, alone))
+        with full_memory_refused(params.recipe, recipe):
+            self._complete(setting, [plan])
+        return plan
+
+    def _run_groups(self, name: str, groups: Sequence[Group]) -> list[Planned]:
+        """Bring these groups to their end; here if all are finished, since another process takes seconds to start."""
+        # planned one by one, as far as the first that is not finished: each costs the loading of a teacher
+        planned = (plan for group in groups for plan in self._plan(name, group)[1])
+        run = functools.partial(self._run, name)
+        ready = all(self.store.finished(plan.fingerprint) for plan in planned)
+        return [plan for plans in (map(run, groups) if ready else self.schedule.run(run, groups)) for plan in plans]
+
+    def _run(self, name: str, group: Group) -> list[Planned]:
+        setting, plans = self._plan(name, group)
+        with full_memory_refused(self.study.comparisons[name].recipe, setting.recipe):
+            self._complete(setting, plans)
+        return plans
+
+    def _plan(self, name: str, group: Group) -> tuple[Setting, list[Planned]]:
+        comparison, (variants, seed) = self.study.comparisons[name], group
+        data, (teacher, digest) = self.data(comparison.data), self.teacher(comparison.teacher)
+        setting = Setting(
+            data,
+            _subset(data, comparison, seed),
+            comparison.student,
+            data.size,
+            teacher,
+            self.study.recipes[comparison.recipe],
+            seed,
+            self.device,
+            f"{name} seed {seed}",
+            self.study.study.compute,
+            self.study.study.answers_gb,
+        )
+        setting = replace(setting, answers=self.answers / identity.of_answers(setting, digest))
+        return setting, [Planned(variant, seed, identity.of_run(setting, digest, variant)) for variant in variants]
+
+    def _complete(self, setting: Setting, plans: list[Planned]) -> None:
+        """Train together whatever of these runs is not finished."""
+        # by fingerprint: a sweep may choose the very parameters that `methods` has, and that is one run under two names
+        wanted = {plan.fingerprint: plan for plan in plans}
+        with self.store.claim(key for key in wanted if not self.store.finished(key)) if rank() == 0 else nullcontext():
+            there = dict(zip(wanted, from_rank_zero([self.store.finished(key) for key in wanted]), strict=True))
+            if any(there.values()):
+                say(f"{setting.title}  {sum(there.values())} of {len(wanted)} runs are finished already")
+            jobs = [_job(plan, self.store.run(key)) for key, plan in wanted.items() if not there[key]]
+            if jobs:
+                train(setting, jobs, save_seconds=self.study.study.checkpoint_seconds)
+                wait_for_all()  # rank 0 has written
+        if self.study.study.on_divergence == "fail":
+            for plan in plans:
+                _require_finished(f"{setting.title}: {plan.variant.name}", read_json(self.store.run(plan.fingerprint) / "metrics.json"))
+
+    def _export(self, name: str, plan: Planned) -> Path:
+        comparison, variant = self.study.comparisons[name], plan.variant
+        data = self.data(comparison.data)
+        folder = run_folder(self.root, (name, variant.name, plan.seed))
+        write_json(
+            folder / "run.json",
+            {
+                "comparison": name,
+                "data": comparison.data,
+                "classes": data.classes,
+                "fraction": comparison.fraction,
+                "train_images": len(_subset(data, comparison, plan.seed)),
+                "teacher": comparison.teacher,
+                "student": comparison.student,
+                "recipe": comparison.recipe,
+                "hard_loss": self.study.recipes[comparison.recipe].hard_loss,
+                "method": variant.method,
+                "variant": variant.name,
+                "looks_at": looks_at(METHODS[variant.method]),
+                "relational": METHODS[variant.method].relational,
+                "parameters": dict(variant.parameters),
+                "seed": plan.seed,
+                "trial": variant.trial,
+                "fingerprint": plan.fingerprint,
+            },
+        )
+        self.store.export(plan.fingerprint, folder)  # metrics.json comes last of all
+        return folder
+
+    def _chosen(self, name: str) -> Iterator[Variant]:
+        """For each swept method the trial with the highest validation top-1; the first in params.yaml's order wins a tie."""
+        comparison = self.study.comparisons[name]
+        if comparison.sweep is None:
+            return
+        trials = trials_of(comparison, self.study)
+        for method in comparison.sweep.grids:
+            scored = [
+                (read_json(run_folder(self.root, (name, v.name, comparison.sweep.seed)) / "metrics.json").get("val_top1", -1.0), v)
+                for v in trials
+                if v.method == method
+            ]
+            best = max(scored, key=lambda pair: pair[0])[1]
+            yield Variant(method + TUNED, method, best.parameters)
+
+    def _import_checkpoint(self, name: str, data: DataSet) -> Path:
+        """A checkpoint from elsewhere as a finished run of the store: measured, and in our weights' format."""
+        params = self.study.teachers[name]
+        path, size = self.root / str(params.checkpoint), params.size or data.size
+        shape = (data.classes, data.channels, size)
+        classifier = load_checkpoint(f"teachers.{name}.checkpoint", path, params.model, shape).to(self.device)
+        folder = self.store.run(fingerprint("checkpoint", sha256(path), params.model, size, data.fingerprint))
+        try:
+            write_measured(folder, classifier, data, self.device)
+        except FloatingPointError as error:
+            raise refuse(
+                f"teachers.{name}.checkpoint", params.checkpoint, "weights that give finite logits", f"choose another file ({error})"
+            ) from error
+        return folder
+
+
+def _subset(data: DataSet, comparison: Comparison, seed: int) -> Index:
+    """The training images of a comparison's runs of this seed, by their positions in the training split."""
+    return subset(data.train.labels, comparison.fraction, seed if comparison.subset_seed is None else comparison.subset_seed)
+
+
+def _job(plan: Planned, folder: Path) -> Job:
+    return Job(plan.variant.name, lambda: METHODS[plan.variant.method](**plan.variant.parameters), not plan.variant.trial, folder)
+
+
+def _require_finished(title: str, metrics: dict[str, Any]) -> None:
+    if metrics["status"] == "diverged":
+        what = f"{title} diverged at step {metrics['diverged_step']}: {metrics['diverged_cause']}"
+        raise Diverged(f"params.yaml: study.on_divergence: found 'fail'; {what}; change that, or set on_divergence: continue")

@@ -1,1 +1,0 @@
-"""Training: a teacher that answers, learners that share its answers, the loop around them."""

@@ -1,0 +1,1 @@
+"""Training views: what a student sees of an image."""

@@ -1,0 +1,111 @@
+"""A timm classifier, distilled or not, as the backbone of a detector: maps at strides 4, 8, 16 and 32, and a pyramid on them."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from jaxtyping import Float
+from timm.layers import LayerNorm2d  # type: ignore[attr-defined]
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+from kdlib.errors import refuse
+from kdlib.models import (
+    layouts,
+    resnet_small,  # noqa: F401 (the latter registers the small nets with timm)
+)
+from kdlib.models.features import stage_indices
+from projects.detection.settings import Recipe, Run
+
+STRIDES = (4, 8, 16, 32)
+CHANNELS = 256  # of the pyramid (Lin et al., "Feature pyramid networks", CVPR 2017, section 3)
+
+
+class Backbone(nn.Module):
+    """Normalised images to the maps of a pyramid, by the names that torchvision's detectors know: "0" to "3", and "pool" at stride 64."""
+
+    def __init__(self, net: nn.Module, indices: tuple[int, ...], widths: tuple[int, ...], output_norms: bool) -> None:
+        super().__init__()
+        self.net, self._indices, self.out_channels = net, list(indices), CHANNELS  # the latter for torchvision
+        self.norms = nn.ModuleList(LayerNorm2d(width) if output_norms else nn.Identity() for width in widths)
+        self.pyramid = FeaturePyramidNetwork(list(widths), CHANNELS, LastLevelMaxPool())
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> dict[str, Tensor]:
+        net: Any = self.net
+        maps = net.forward_intermediates(images, indices=self._indices, output_fmt="NCHW", intermediates_only=True)
+        named = {str(i): norm(one) for i, (norm, one) in enumerate(zip(self.norms, maps, strict=True))}
+        found: dict[str, Tensor] = self.pyramid(named)
+        return found
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """BatchNorm whose weights are frozen keeps its statistics too."""
+        super().train(mode)
+        for layer in self.modules():
+            if isinstance(layer, _BatchNorm) and layer.weight is not None and not layer.weight.requires_grad:
+                layer.eval()
+        return self
+
+
+def build(key: str, run: Run, recipe: Recipe, root: Path) -> Backbone:
+    """The backbone of a run, its first stages frozen.
+
+    Raises ``Refused`` about ``key``.model for a model without such maps, about ``key``.weights for a file that is not of this model.
+    """
+    net, indices, widths = _net(f"{key}.model", run.model, recipe.drop_path)
+    if run.weights is not None:
+        load(f"{key}.weights", root / Path(run.weights).expanduser(), net, run.model)
+    net.prune_intermediate_layers(list(indices))
+    freeze(net, recipe.frozen_stages)
+    return Backbone(net, indices, widths, recipe.output_norms)
+
+
+def load(key: str, path: Path, net: nn.Module, model: str) -> None:
+    """Copy the weights of a file, in timm's layout or its authors', into a model, but for those of a classifier. Raises ``Refused``."""
+    if not path.is_file():
+        do = "correct the path (it counts from the folder of params.yaml), or write null to start from scratch"
+        raise refuse(key, str(path), "a .safetensors or .pth file", do)
+    cfg: Any = net.pretrained_cfg
+    heads = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else tuple(cfg["classifier"])
+    of_head = tuple(f"{head}." for head in heads)
+    try:
+        given, _ = layouts.unwrap(layouts.read(path))
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise refuse(key, str(path), f"weights of {model}", f"choose the model that they are of ({reason})") from error
+    own = {name: value for name, value in net.state_dict().items() if name.startswith(of_head)}
+    converted, _ = layouts.convert(given, net)
+    state = {name: value for name, value in converted.items() if not name.startswith(of_head)} | own
+    if found := layouts.differences(state, net):
+        do = f"choose the model that they are of ({found}; it looks like {layouts.looks_like(given)})"
+        raise refuse(key, str(path), f"weights of {model}", do)
+    net.load_state_dict(state)
+
+
+def freeze(net: nn.Module, stages: int) -> None:
+    """Switch off the gradient of the stem and of the first ``stages`` stages; nothing for 0."""
+    if stages:
+        layers = layers_of(net)
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(layers[name] > stages)
+
+
+def layers_of(net: Any) -> dict[str, int]:
+    """The stage of each parameter as timm counts: 0 is the stem, what follows the stages comes last."""
+    groups: dict[int, list[str]] = group_parameters(net, net.group_matcher(coarse=True))
+    return {name: layer for layer, names in groups.items() for name in names}
+
+
+def _net(key: str, model: str, drop_path: float) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:
+    """The model, and where its maps are found, with their channels."""
+    if not timm.is_model(model):
+        raise refuse(key, model, "a model that timm knows", "see timm.list_models()")
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}  # not every family knows it
+    net: Any = timm.create_model(model, **options)
+    indices = stage_indices(net)
+    info = [net.feature_info[i] for i in indices] if indices else []
+    if tuple(one["reduction"] for one in info) != STRIDES or not hasattr(net, "prune_intermediate_layers"):
+        found = f"{model} with maps at strides {[one['reduction'] for one in info]}"
+        raise refuse(key, found, f"a model with maps at strides {list(STRIDES)}", "choose another, resnet50 or convnextv2_tiny for example")
+    return net, indices, tuple(one["num_chs"] for one in info)
