@@ -22,7 +22,7 @@ import torch
 from pages import HERE, Row, about, heading, parser, ratio, write, written
 from peers import LOGITS, Official, Ours, OursSideBySide, Task, Timm, pil_batches
 
-from kdlib.engine.threads import threads
+from kdlib.engine.backend import threads
 from kdlib.engine.train import forward_flops
 from kdlib.files import write_text
 from kdlib.study.report.readme import insert_between_markers

@@ -30,7 +30,7 @@ from kdlib.engine.loop import own
 from kdlib.engine.prefetch import prefetch
 from kdlib.engine.teacher import Teacher
 from kdlib.engine.teacher_cache import TeacherCache
-from kdlib.engine.threads import threads
+from kdlib.engine.backend import threads
 from kdlib.losses.kd import KD
 from kdlib.models.build import Classifier, build
 from kdlib.seed import generator, seed_torch

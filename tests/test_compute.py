@@ -23,7 +23,7 @@ from kdlib.engine.learner import Learner
 from kdlib.engine.prefetch import prefetch
 from kdlib.engine.teacher import Teacher
 from kdlib.engine.teacher_cache import TeacherCache, rounded
-from kdlib.engine.threads import threads
+from kdlib.engine.backend import threads
 from kdlib.errors import Refused
 from kdlib.losses import METHODS
 from kdlib.models.build import build

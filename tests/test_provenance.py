@@ -84,7 +84,6 @@ REPEATS_NOTHING = {
     *("kdlib.models.layouts", "kdlib.models.checkpoints"),  # a checkpoint is known by its bytes, and measured anew each time
     *("kdlib.data.sources", "kdlib.losses"),  # registries: name -> module
     *(
-        "kdlib.parallel.progress",
         "kdlib.parallel.workers",
         "kdlib.parallel.launch",
         "kdlib.parallel.placement",

@@ -10,10 +10,10 @@ import psutil
 import pytest
 import torch
 
-from kdlib.engine.threads import threads
+from kdlib.parallel.signals import watched
+from kdlib.engine.backend import threads
 from kdlib.errors import Refused
 from kdlib.files import read_json
-from kdlib.parallel import progress
 from kdlib.parallel.workers import side_by_side
 from kdlib.study.training.experiment import Diverged, Experiment
 from tests import training
@@ -32,7 +32,7 @@ def two_cores() -> Iterator[None]:
 
 def about_itself(item: int) -> tuple[int, int, int, bool]:
     time.sleep(0.2)  # else one process may do all
-    return item, os.getpid(), torch.get_num_threads(), progress.watched()
+    return item, os.getpid(), torch.get_num_threads(), watched()
 
 
 def test_each_has_its_share_of_the_cores() -> None:

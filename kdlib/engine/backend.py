@@ -1,6 +1,7 @@
 """How models compute on this machine: precision, compilation, where the pixels lie. Chosen here, overridden by study.compute, recorded."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -30,7 +31,7 @@ class Backend:
     bf16: bool = False  # autocast of students; losses stay in fp32, and no scaler is needed
     kinds: tuple[Kind, ...] = (False,)  # how a student with its loss, and the teacher, may be compiled; more than one: what is quickest
     resident: bool = False  # all training images lie on the device
-    ahead: int = 0  # torch's threads that make the next views and teacher's answers meanwhile; on a GPU in a stream of their own
+    ahead: int = 0  # torch's threads that make the next views and the teacher's outputs meanwhile
 
     @property
     def compiled(self) -> Kind:
@@ -45,12 +46,12 @@ class Backend:
         return {"bf16": self.bf16, "compiled": self.compiled, "resident": self.resident, "ahead": self.ahead}
 
 
-def choose(params: ComputeParams, device: torch.device, recipe: Recipe, steps: int, image_bytes: int | None) -> Backend:
-    """What params.yaml says; where it says ``auto``, what pays on the device. ``image_bytes``: of all training images, None if they stay in
-    their files.
+def choose_backend(params: ComputeParams, device: torch.device, recipe: Recipe, steps: int, image_bytes: int | None, asks: Asks) -> Backend:
+    """What params.yaml says; where it says ``auto``, what pays on the device.
 
-    Raises ``Refused`` for bf16 where it is slower than fp32, which is measured, for CUDA graphs where there are none, and for resident
-    images that stay in their files.
+    ``image_bytes``: of all training images, None if they stay in their files. ``asks``: what the runs ask of the teacher.
+    Raises ``Refused`` for bf16 where it is slower than fp32, which is measured, for CUDA graphs where there are none, for resident images
+    that stay in their files, and for work ahead on a GPU.
     """
     on_gpu = device.type == "cuda"
     bf16 = params.precision == "bf16" or (params.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False))
@@ -64,10 +65,11 @@ def choose(params: ComputeParams, device: torch.device, recipe: Recipe, steps: i
     resident = params.resident
     if resident == "auto":
         resident = on_gpu and image_bytes is not None and image_bytes <= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-    # on a GPU, measured: 1 % of a ResNet-50's steps, and what a CUDA graph gains is lost, since both threads wait for the interpreter
-    wanted = params.ahead is True or (params.ahead == "auto" and not on_gpu)
-    # timm's transforms draw from global generators, which dropout needs meanwhile
-    ahead = 0 if not wanted or recipe.augment == "timm" else 1 if on_gpu else torch.get_num_threads() // 2
+    if params.ahead is True and on_gpu:  # measured: 1 % of a ResNet-50's steps, and what a CUDA graph gains is lost
+        raise refuse("study.compute.ahead", True, "auto or false on a GPU, which works beside the host anyway", "change it")
+    # a view alone does not take long to make; timm's transforms draw from global generators, which dropout needs meanwhile
+    pays = bool(asks) and not on_gpu and recipe.augment != "timm"
+    ahead = torch.get_num_threads() // 2 if params.ahead and pays else 0
     return Backend(device, bf16, _kinds(params, steps) if on_gpu or params.compile is True else (False,), resident, ahead)
 
 
@@ -79,20 +81,20 @@ def _kinds(params: ComputeParams, steps: int) -> tuple[Kind, ...]:
     return (False, True, "graphs") if world() == 1 else (False, True)
 
 
-def fastest_teacher(teacher: Teacher, compute: Backend, images: Images, asks: Asks) -> Teacher:
-    """As it answers quickest to such images, in bf16 where the students are."""
-    made = bf16_if_exact(teacher, images) if compute.bf16 else teacher
+def fastest_teacher(teacher: Teacher, backend: Backend, images: Images, asks: Asks) -> Teacher:
+    """The fastest equivalent of ``teacher`` for this batch shape: bf16 if the students use it, compiled if that is measured to help."""
+    exact = bf16_if_exact(teacher, images) if backend.bf16 else teacher
 
     def answer(kind: Kind) -> None:
         candidates[kind](images, asks)
         torch.get_device_module(images.device).synchronize()
 
-    candidates = {kind: made.compiled(kind) for kind in compute.kinds}
+    candidates = {kind: exact.compiled(kind) for kind in backend.kinds}
     return candidates[quickest("the teacher", {kind: partial(answer, kind) for kind in candidates})]
 
 
 def bf16_if_exact(teacher: Teacher, images: Images) -> Teacher:
-    """If its answers to these images stay what they are in fp32; says so if they do not."""
+    """``teacher`` in bf16 if its logits of these images stay what they are in fp32; else itself, and says so."""
     rough = teacher.in_bf16()
     exact = teacher(images).logits.float()
     gap = float((rough(images).logits.float() - exact).norm() / exact.norm())
@@ -113,3 +115,14 @@ def bf16_slowdown() -> float:
 
     fp32, bf16 = in_turn([lambda: work(False), lambda: work(True)], rounds=5)
     return bf16 / fp32
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within, torch computes with ``count`` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -8,13 +8,12 @@ from typing import NamedTuple, Never
 import torch
 from tqdm.auto import tqdm
 
+from kdlib.engine.backend import threads
 from kdlib.engine.learner import Learner, asked_of_teacher
 from kdlib.engine.prefetch import prefetch
 from kdlib.engine.teacher_cache import TeacherCache
-from kdlib.engine.threads import threads
-from kdlib.parallel.progress import watched
 from kdlib.parallel.ranks import any_rank, local_groups, rank, say
-from kdlib.parallel.signals import Stopped, asked_to_stop, held_back
+from kdlib.parallel.signals import Stopped, asked_to_stop, held_back, watched
 from kdlib.types import Asks, Batch, Output
 from kdlib.views.stream import ViewStream
 
@@ -35,58 +34,62 @@ class GroupSlot(NamedTuple):
 class TrainingLoop:
     """Brings every learner to its last step; learners that come with fewer steps done are caught up first.
 
-    One answer serves all, of which each learner takes what its method asked for. With ``ahead`` > 0 so many of torch's threads make the
-    next views and answers meanwhile. ``validate`` gives a top-1 on the validation split, ``save`` writes a checkpoint.
+    One output of the teacher serves all, of which each learner takes what its method asked for. With ``ahead`` > 0 so many of torch's
+    threads make the next views and outputs meanwhile. ``validate`` gives a top-1 on the validation split, ``save`` writes a checkpoint.
     """
 
     learners: Sequence[Learner]
     stream: ViewStream
-    answers: TeacherCache | None
+    teacher: TeacherCache | None
     validate: Callable[[Learner], float]
     save: Callable[[Learner], None]
     save_seconds: float
     title: str
     ahead: int = 0
-    teacher_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self._total = self.learners[0].total_steps
         # one that diverged just before a checkpoint goes on to the check that stops it: it ends as it would have without the interruption
         self._running = [learner for learner in self.learners if learner.step < self._total]
-        self._own = local_groups(self.stream.recipe.groups)
+        self._groups = local_groups(self.stream.recipe.groups)
         self._saved = time.monotonic()
 
-    def run(self) -> None:
-        """To the end. Asked to stop by SIGINT or SIGTERM, it ends the step, saves and raises ``Stopped``."""
+    def run(self) -> float:
+        """Train to the end. Returns the seconds in which the teacher was asked.
+
+        Asked to stop by SIGINT or SIGTERM, it ends the step, saves and raises ``Stopped``.
+        """
         first = min((learner.step for learner in self._running), default=self._total)
         bar = tqdm(initial=first, total=self._total, desc=self.title, unit="step", disable=not watched() or rank() > 0)
+        teacher_seconds = 0.0
         with held_back(), threads(max(1, torch.get_num_threads() - self.ahead)), bar:
             self._close_epochs_left_open()
-            for place, (batch, said, seconds) in prefetch(self._make, self._places(first), self.ahead, self.stream.device):
-                self.teacher_seconds += seconds
-                active = [learner for learner in self._running if learner.step == place.step]
+            for slot, (batch, output, seconds) in prefetch(self._ask_teacher, self._slots(first), self.ahead):
+                teacher_seconds += seconds
+                active = [learner for learner in self._running if learner.step == slot.step]
                 for learner in active:
-                    learner.take(place.group, batch, said)
-                if place.number == self._own[-1]:
-                    self._end_step(place.step, active, bar)
-        if self.answers:
-            self.answers.finish()
+                    learner.take(slot.group, batch, output)
+                if slot.number == self._groups[-1]:
+                    self._end_step(slot.step, active, bar)
+        if self.teacher:
+            self.teacher.finish()
+        return teacher_seconds
 
-    def _places(self, first: int) -> Iterator[GroupSlot]:
+    def _slots(self, first: int) -> Iterator[GroupSlot]:
         groups = self.stream.recipe.groups
         for step in range(first, self._total):
-            for number in self._own:
+            for number in self._groups:
                 if not self._running:
                     return
-                # of those whose turn has come; nothing if they would not listen
-                asks = asked_of_teacher(learner for learner in self._running if learner.step <= step)
+                # only learners that have reached this step; empty if none needs the teacher
+                asks = asked_of_teacher(learner.method for learner in self._running if learner.step <= step)
                 yield GroupSlot(step, number, step * groups + number, asks)
 
-    def _make(self, place: GroupSlot) -> tuple[Batch, Output | None, float]:
-        batch = self.stream.batch(place.step, place.number)
+    def _ask_teacher(self, slot: GroupSlot) -> tuple[Batch, Output | None, float]:
+        batch = self.stream.batch(slot.step, slot.number)
         started = time.perf_counter()
-        said = self.answers(place.group, batch.images, place.asks) if self.answers and place.asks else None
-        return batch, said, time.perf_counter() - started
+        output = self.teacher(slot.group, batch.images, slot.asks) if self.teacher and slot.asks else None
+        return batch, output, time.perf_counter() - started
 
     def _end_step(self, step: int, active: Sequence[Learner], bar: "tqdm[Never]") -> None:
         for learner in active:
@@ -98,7 +101,7 @@ class TrainingLoop:
         if ends_epoch and active:
             bar.set_postfix_str(self._close_epoch(active, step))
         if ends_epoch or (step + 1) % CHECK_STEPS == 0:
-            self._running = [learner for learner in self._running if learner.diverged_step is None]
+            self._running = [learner for learner in self._running if learner.curve.diverged_step is None]
         bar.update()
         if due or step + 1 == self._total:  # what follows the last step, measuring, can be interrupted too
             self._save()
@@ -118,22 +121,23 @@ class TrainingLoop:
     def _close_epochs_left_open(self) -> None:
         """Of learners that were stopped between the last step of an epoch and its row."""
         for learner in self.learners:
-            if learner.step > learner.in_curve and self._ends_epoch(learner.step - 1):
+            if learner.step > learner.curve.last_step and self._ends_epoch(learner.step - 1):
                 self._close_epoch([learner], learner.step - 1)
 
     def _close_epoch(self, active: Sequence[Learner], step: int) -> str:
         """Measure what is due, extend the curves, and say in one line how the learners do."""
         stream, total, seen = self.stream, self._total, (step + 1) * self.stream.recipe.batch_size
         epoch, epochs = seen // len(stream.index), -(-total * stream.recipe.batch_size // len(stream.index))
-        measured = step + 1 == total or (step + 1) * VALIDATIONS // total > active[0].in_curve * VALIDATIONS // total
+        measured = step + 1 == total or (step + 1) * VALIDATIONS // total > active[0].curve.last_step * VALIDATIONS // total
         shown = []
         for learner in active:
             if measured and any_rank(asked_to_stop())[0]:
                 self._stop(step)
             val_top1 = self.validate(learner) if measured else None
-            learner.close_epoch(epoch, seen, val_top1)
-            shown.append(f"{learner.name} {learner.curve[-1]['loss']:.3f}" + (f" ({100 * val_top1:.1f} %)" if val_top1 is not None else ""))
-        told = "  ".join(shown)
+            learner.curve.close_epoch(epoch, learner.step, seen, val_top1)
+            accuracy = "" if val_top1 is None else f" ({100 * val_top1:.1f} %)"
+            shown.append(f"{learner.job.name} {learner.curve.rows[-1]['loss']:.3f}{accuracy}")
+        losses = "  ".join(shown)
         if not watched():
-            say(f"{self.title}  epoch {epoch}/{epochs}  step {step + 1}/{total}  loss (val top-1): {told}")
-        return told
+            say(f"{self.title}  epoch {epoch}/{epochs}  step {step + 1}/{total}  loss (val top-1): {losses}")
+        return losses

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from kdlib.data.dataset import Split
 from kdlib.data.lazy_images import LazyImages, in_turn
 from kdlib.parallel.ranks import gather_ranks, rank, world
 from kdlib.types import Images, Logits
 
+EVALUATION_BATCH = 512
 BINS = 15
 ROWS = 4096  # images at a time in float64, so that 50,000 x 1,000 logits need no copies of their size
 
@@ -104,3 +106,9 @@ def predict(
         for module, mode in modes:
             module.training = mode
     return gather_ranks(torch.cat(parts))[: len(images)].cpu()  # outside of inference mode: an ordinary tensor, which autograd may save
+
+
+def top1(model: nn.Module, split: Split, device: torch.device) -> float:
+    """The share of a split's images whose label has the model's largest logit."""
+    classes = predict(model, split.images, EVALUATION_BATCH, device).argmax(dim=1)
+    return float((classes == torch.from_numpy(np.asarray(split.labels))).double().mean())

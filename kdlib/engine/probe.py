@@ -1,238 +1,124 @@
-"""A few steps of the engine, to know what all of them will cost: seconds and memory on this device, bytes of what is written."""
+"""What one step costs, tried on a fresh student: memory at its peak, and time in each way of computing it."""
 
-import time
-from collections.abc import Callable, Mapping, Sized
+import gc
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import IO, cast
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import psutil
 import torch
-from safetensors.torch import save
+from torch.autograd.profiler import profile
 
-from kdlib.data.lazy_images import LazyImages
-from kdlib.decoding.pool import pool, spare
-from kdlib.engine.backend import choose, fastest_teacher
-from kdlib.engine.learner import Learner, asked_of_teacher, total_steps
-from kdlib.engine.loop import TrainingLoop
-from kdlib.engine.memory import peak_bytes
-from kdlib.engine.metrics import predict
-from kdlib.engine.teacher_cache import TeacherCache
-from kdlib.engine.train import EVALUATION_BATCH, Images, Setting, forward_flops, new_learner, views, weights
-from kdlib.losses.base import Method
-from kdlib.views.stream import ViewStream
+from kdlib.engine.backend import Backend
+from kdlib.engine.compile import Kind, quickest
+from kdlib.engine.gradients import Gradients, StudentWithLoss
+from kdlib.types import Batch, Output
 
-BACKWARD = 2  # forward passes that a backward pass costs
+CPU = torch.device("cpu")
+Factory = Callable[[], StudentWithLoss]  # makes the student of a run with its loss, as training begins
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of runs that train together. Bytes of memory and seconds are None where nothing was measured."""
+class StepCost:
+    """Of one run: peak memory of a step on the device, computed eagerly, and the kind in which a step takes the least time."""
 
-    learners: int
-    student_flops: int  # of one forward pass of one image
-    teacher_flops: int  # the same; 0 where nobody asks the teacher
-    seconds: float | None  # for each image of the stream: views, teacher, all students
-    peak_bytes: int | None  # of memory, in one process
-    checkpoint_bytes: int  # of one checkpoint of each
-    weights_bytes: int  # of all, their averages included
-    answers_bytes: int  # of the teacher's answers to one batch
-    decoding: float | None = None  # seconds for each image of the stream until its pixels are there, relative to those for the rest
+    peak_bytes: int  # forward pass, loss, backward pass, first gradients; not the batch, the teacher's pass, the weights, the optimiser
+    kind: Kind
 
 
-def seconds_an_image(passes: tuple[float, int], update: tuple[float, int]) -> float:
-    """From (seconds, images) of forward and backward passes, and of the optimisers' step, which is one for all images of a batch."""
-    return passes[0] / passes[1] + update[0] / update[1]
+def try_step(name: str, make: Factory, batch: Batch, teacher: Output | None, backend: Backend, groups: int) -> StepCost:
+    """Try one step of a run. ``groups``: those of a batch that a process takes. Random draws leave no trace."""
+    with torch.random.fork_rng([backend.device] if backend.device.type == "cuda" else []):
+        return StepCost(_step_bytes(make, batch, teacher, backend, groups), _fastest_kind(name, make, batch, teacher, backend, groups))
 
 
-def extrapolated(less: tuple[int, int], more: tuple[int, int], images: int) -> int:
-    """The bytes that ``images`` take, from (images, bytes) of two smaller groups: what a net keeps for its backward pass grows in line."""
-    (few, low), (many, high) = less, more
-    return round(high + (high - low) / (many - few) * (images - many))
+def _step_bytes(make: Factory, batch: Batch, teacher: Output | None, backend: Backend, groups: int) -> int:
+    peak = 0
+    for _ in range(2 if backend.device.type == "cuda" else 1):  # the first makes cuBLAS allocate what it keeps
+        model = make()
+        state = model.state_dict()  # held: what a step replaces is not freed meanwhile
+        gradients = Gradients(model, replace(backend, kinds=(False,)), groups, distributed=False)
+        peak = peak_bytes(partial(gradients, batch, teacher, 1.0), backend.device)
+        del state
+    return peak
 
 
-Methods = Mapping[str, Callable[[], Method]]  # by the name of the run
-WARM_UP = 2  # steps: kernels are chosen and an optimiser's state is made in the first, all is in its place in the second
-CPU_STEP = 4e10  # operations of a step that is tried on a CPU, at most: about a second of one core
+def _fastest_kind(name: str, make: Factory, batch: Batch, teacher: Output | None, backend: Backend, groups: int) -> Kind:
+    if len(backend.kinds) == 1:
+        return backend.compiled
+
+    def step(gradients: Gradients) -> None:
+        gradients(batch, teacher, 1.0)
+        torch.get_device_module(backend.device).synchronize()
+
+    ways = {kind: Gradients(make(), replace(backend, kinds=(kind,)), groups, distributed=False) for kind in backend.kinds}
+    return quickest(name, {kind: partial(step, gradients) for kind, gradients in ways.items()})
 
 
-class Trial:
-    """The runs of a setting at their first step."""
+def peak_bytes(step: Callable[[], object], device: torch.device = CPU) -> int:
+    """The most bytes that ``step`` had allocated on ``device`` and not yet freed at any one time, its result included.
 
-    def __init__(self, setting: Setting, methods: Methods) -> None:
-        steps = total_steps(setting.recipe, len(setting.data.train.labels))
-        images: Images | LazyImages = setting.data.train.images
-        compute = choose(setting.compute, setting.device, setting.recipe, steps, None if isinstance(images, LazyImages) else images.nbytes)
-        compute = replace(compute, kinds=compute.kinds[:1])  # to find out which is the quickest takes a minute
-        self.setting = setting
-        self.learners = [new_learner(setting, name, make, steps, compute) for name, make in methods.items()]
-        if compute.resident and not isinstance(images, LazyImages):
-            images = torch.randint(256, images.shape, dtype=torch.uint8, device=setting.device)
-        self.stream, self.asks = views(setting, images), asked_of_teacher(self.learners)
-        self.ahead = compute.ahead if self.asks else 0
-        self.teacher = setting.teacher if self.asks else None
-        if self.teacher:
-            self.teacher = fastest_teacher(self.teacher, compute, self.stream.batch(0).images, self.asks)
-
-    def go(self, steps: int, ahead: int) -> float:
-        """So many more steps, as the engine takes them. Returns the seconds of one."""
-        for learner in self.learners:
-            learner.total_steps = learner.step + steps
-        answers = TeacherCache(self.teacher, None, self.setting.recipe.batch_size, 1) if self.teacher else None
-        fit = TrainingLoop(self.learners, self.stream, answers, _no_top1, _no_checkpoint, float("inf"), self.setting.title, ahead)
-        return self._seconds(fit.run) / steps
-
-    def advance(self) -> float:
-        """All optimisers' steps alone, by the gradients that there are. Returns their seconds."""
-
-        def advance() -> None:
-            for learner in self.learners:
-                learner.advance()
-
-        return self._seconds(advance)
-
-    def _seconds(self, do: Callable[[], object]) -> float:
-        wait = torch.get_device_module(self.setting.device).synchronize
-        wait()
-        started = time.perf_counter()
-        do()
-        wait()
-        return time.perf_counter() - started
-
-
-def sizes(setting: Setting, methods: Methods) -> Cost:
-    """What it costs to train these together as far as nothing has to be timed: operations, and bytes on the disk."""
-    recipe, shape = setting.recipe, (setting.data.channels, setting.data.size)
-    trial = Trial(_in_groups(setting, 2), methods)
-    for learner in trial.learners:
-        for parameter in (*learner.student.parameters(), *learner.method.parameters()):
-            parameter.grad = torch.zeros_like(parameter)
-        learner.advance()  # an optimiser has its state after its first step
-    teacher = trial.teacher
-    return Cost(
-        learners=len(trial.learners),
-        student_flops=forward_flops(trial.learners[0].student, *shape),
-        teacher_flops=forward_flops(teacher, *shape) if teacher else 0,
-        seconds=None,
-        peak_bytes=None,
-        checkpoint_bytes=sum(checkpoint_bytes(learner) for learner in trial.learners),
-        weights_bytes=sum((1 + len(recipe.ema)) * len(save(weights(learner.student))) for learner in trial.learners),
-        answers_bytes=TeacherCache(teacher, None, _group(setting), 1).bytes(recipe.groups, trial.asks) if teacher else 0,
-    )
-
-
-def cost(setting: Setting, methods: Methods, steps: int, processes: int) -> Cost:
-    """What it costs to train these together, from so many steps: of one of so many processes, which are taken not to wait for each other.
-
-    Nothing is compiled where that is to be found out. On a CPU a mix group that would take many seconds is tried with fewer images, and
-    the memory of the whole one is extrapolated from two such sizes. ``seconds`` and ``peak_bytes`` are None with 0 steps, and where the
-    device's memory is too small.
+    On the CPU: of torch's allocator, to the byte the same in each call with the same number of threads. It sees what a kernel frees
+    before it returns, and not what lies outside of torch: NumPy's arrays, oneDNN's own scratch. On CUDA: the growth of
+    ``torch.cuda.max_memory_allocated``, so what ``step`` frees of older memory counts against its peak.
+    Raises RuntimeError on the CPU while torch.profiler runs: there can be one at a time.
     """
-    found = sizes(setting, methods)
-    images = _tried(setting, found)
-    begun = _begun(_in_groups(setting, images), methods) if steps else None
-    if begun is None:
-        return found
-    peak, trial = begun
-    step = trial.go(steps, trial.ahead)
-    update = min(trial.advance() for _ in range(steps))
-    del begun, trial
-    seconds = seconds_an_image((step - update, images), (update, setting.recipe.batch_size // processes))
-    return replace(found, seconds=seconds, peak_bytes=_of_whole_group(setting, methods, images, peak))
+    with _no_garbage_collection():
+        return _on_cuda(step, device) if device.type == "cuda" else _on_cpu(step)
 
 
-def memory(setting: Setting, methods: Methods, found: Cost) -> int | None:
-    """Peak memory of one process, or None if it is more than the device has. ``found``: their operations."""
-    images = _tried(setting, found)
-    begun = _begun(_in_groups(setting, images), methods)
-    return None if begun is None else _of_whole_group(setting, methods, images, begun[0])
+def _on_cpu(step: Callable[[], object]) -> int:
+    """By the profiler's record of the allocator. (A TorchDispatchMode changes what it watches: under one, autograd adds gradients up
+    out of place, which costs ReviewKD 12 % more; and it cannot see within a kernel.)"""
+    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        raise RuntimeError("found a running profiler; allowed: none while memory is measured, as only one can run; stop it first")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each call writes two lines, and the first "ERROR" where there is no GPU
+    with profile(profile_memory=True) as watched:
+        result = step()
+    del result
+    with TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        watched.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text("utf-8"))["traceEvents"]
+    allocations = [event["args"] for event in events if event["name"] == "[memory]"]
+    return _peak((one["Addr"], one["Bytes"]) for one in sorted(allocations, key=lambda one: one["Ev Idx"]))
 
 
-def decoding(stream: ViewStream, processes: int, nodes: int) -> float:
-    """Seconds in which one of so many processes on each of so many machines gets a view of the stream out of original files.
-
-    From one step of it, by all processes that decode here.
-    """
-    together = processes * nodes
-    groups = range(stream.recipe.groups // together)
-    stream.reading.ask(1, groups[:1])()  # starts them
-    started = time.perf_counter()
-    stream.reading.ask(0, groups)()
-    of_one = (time.perf_counter() - started) * max(1, len(pool())) / (stream.recipe.batch_size // together)
-    return of_one / max(1, spare(processes))
-
-
-def room(device: torch.device) -> int:
-    """Bytes of memory that a training on this device can have."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return int(psutil.virtual_memory().available)
+def _peak(allocations: Iterator[tuple[int, int]]) -> int:
+    """From addresses and bytes, negative where they are freed. What is freed and was not allocated here does not count."""
+    alive: dict[int, int] = {}
+    now = peak = 0
+    for address, size in allocations:
+        if size < 0:
+            now -= alive.pop(address, 0)
+        else:
+            alive[address] = size
+            now += size
+            peak = max(peak, now)
+    return peak
 
 
-def checkpoint_bytes(learner: Learner) -> int:
-    """Of the file that it is written to."""
-    counted = _Counted()
-    torch.save(learner.state_dict(), cast(IO[bytes], counted))
-    return counted.size
+def _on_cuda(step: Callable[[], object], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = step()
+    torch.cuda.synchronize(device)
+    del result
+    return torch.cuda.max_memory_allocated(device) - before
 
 
-class _Counted:
-    """A file that keeps nothing."""
-
-    def __init__(self) -> None:
-        self.size = 0
-
-    def write(self, content: Sized) -> int:
-        self.size += len(content)
-        return len(content)
-
-    def flush(self) -> None:
-        pass
-
-
-def _begun(setting: Setting, methods: Methods) -> tuple[int, Trial] | None:
-    """Peak memory of the first steps and of what is measured afterwards, and how it goes on; None where the device has not so much."""
-    made = []
-
-    def begin() -> None:
-        made.append(Trial(setting, methods))
-        made[0].go(WARM_UP, ahead=0)  # the CPU's memory is watched in this thread
-        if setting.device.type == "cuda":  # on a CPU it would take minutes
-            for model in (made[0].learners[0].student, *([setting.teacher] if setting.teacher else ())):
-                predict(model, setting.data.val.images[:EVALUATION_BATCH], EVALUATION_BATCH, setting.device)
-
-    there = sum(tensor.nbytes for tensor in setting.teacher.state_dict().values()) if setting.teacher else 0
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """GC runs at arbitrary times and frees tensors in reference cycles; it would blur the peak."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        return there + peak_bytes(begin, setting.device), made[0]
-    except torch.OutOfMemoryError:
-        return None
-
-
-def _of_whole_group(setting: Setting, methods: Methods, images: int, peak: int) -> int | None:
-    """Peak memory with the setting's own mix groups, from that with so many images."""
-    if images == _group(setting):
-        return peak
-    twice = _begun(_in_groups(setting, 2 * images), methods)
-    return None if twice is None else extrapolated((images, peak), (2 * images, twice[0]), _group(setting))
-
-
-def _tried(setting: Setting, found: Cost) -> int:
-    """Images of a mix group that is tried."""
-    operations = (1 + BACKWARD) * found.learners * found.student_flops + found.teacher_flops
-    return _group(setting) if setting.device.type != "cpu" else min(_group(setting), max(2, int(CPU_STEP / operations)))
-
-
-def _group(setting: Setting) -> int:
-    return setting.recipe.batch_size // setting.recipe.groups
-
-
-def _in_groups(setting: Setting, images: int) -> Setting:
-    """With one mix group of so many images for a batch: the unit that fills a device."""
-    return replace(setting, recipe=setting.recipe.model_copy(update={"batch_size": images, "group_size": None}))
-
-
-def _no_top1(_: Learner) -> float:
-    return 0.0
-
-
-def _no_checkpoint(_: Learner) -> None:
-    pass
+        yield
+    finally:
+        if enabled:
+            gc.enable()

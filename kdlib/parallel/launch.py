@@ -19,8 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kdlib.config.schema import Launch, Params
 from kdlib.errors import Refused, refuse, refuse_full_disk
-from kdlib.parallel import progress
-from kdlib.parallel.signals import Stopped, asked_to_stop, held_back, stop_children
+from kdlib.parallel.signals import Stopped, asked_to_stop, held_back, stop_children, to_log
 
 LOOK_SECONDS = 0.5  # between two looks at whether all are alive, and whether there is work
 JOIN_SECONDS = 600  # for all machines to come
@@ -132,7 +131,7 @@ def _failed(launch: Launch, number: int, failure: ProcessFailure) -> Exception:
 @record
 def _do(work: Callable[[], Result], raises: type[Exception]) -> Result | BaseException:
     """In each process."""
-    progress.to_log()
+    to_log()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -1,7 +1,11 @@
-"""SIGINT and SIGTERM while a step is made: it is finished and saved first. A cluster sends SIGTERM before it takes a machine away."""
+"""What passes between a process and whoever started it: SIGINT and SIGTERM, and whether somebody watches its progress.
+
+While a step is made a signal waits: the step is finished and saved first. A cluster sends SIGTERM before it takes a machine away.
+"""
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AGAIN_SECONDS = 5.0  # within which SIGTERM is the same request: Slurm sends it to every process, and parents pass it on besides
 _noted: dict[int, float] = {}  # signals that came since the outermost ``held_back`` began, and when each came first
 _held = False
+_LOG = "KDLIB_LOG"  # in the environment, so that child processes know too
 
 
 class Stopped(KeyboardInterrupt):
@@ -62,3 +67,13 @@ def stop_children() -> None:
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             child.terminate()
+
+
+def to_log() -> None:
+    """From now on, in this process and its children, progress goes to a log."""
+    os.environ[_LOG] = "1"
+
+
+def watched() -> bool:
+    """Whether a person looks at a live bar: in JupyterLab or a terminal."""
+    return _LOG not in os.environ and ("ipykernel" in sys.modules or sys.stderr.isatty())

@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from kdlib.parallel import progress
-from kdlib.parallel.signals import SIGNALS, Stopped, asked_to_stop, held_back, stop_children
+from kdlib.parallel.signals import SIGNALS, Stopped, asked_to_stop, held_back, stop_children, to_log
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -68,7 +67,7 @@ def _do(work: Callable[[Item], Result], item: Item) -> Result | Stopped:
 def _start(parent: int, processes: int) -> None:
     """What a process does first: watch its parent, which may be killed without a chance to end it."""
     os.environ["LOCAL_WORLD_SIZE"] = str(processes)  # as torchrun does: what decodes images for it takes its share of the cores
-    progress.to_log()  # bars of several processes would write over each other
+    to_log()  # bars of several processes would write over each other
     for number in SIGNALS:  # between two pieces of work there is nothing to save
         signal.signal(number, signal.SIG_IGN)
     atexit.register(os._exit, 0)  # all has been handed over; taking torch apart would cost 2 s

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from kdlib.parallel.progress import watched
+from kdlib.parallel.signals import watched
 from kdlib.parallel.ranks import gather_items, rank, world
 from projects.detection.coco import Instances, loaded
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from kdlib.engine import checkpoint
-from kdlib.engine.train import environment
+from kdlib.engine.record import environment
 from kdlib.errors import Refused, known, refuse, refuse_full_disk
 from kdlib.files import read_json, sha256, write_bytes, write_csv, write_json
 from kdlib.parallel.launch import run_distributed

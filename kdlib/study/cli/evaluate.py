@@ -24,7 +24,7 @@ from kdlib.errors import FILE, Refused, refuse, some
 from kdlib.files import write_csv
 from kdlib.models.build import Classifier
 from kdlib.models.checkpoints import load_checkpoint
-from kdlib.parallel.progress import watched
+from kdlib.parallel.signals import watched
 from kdlib.study.cli.evaluation_sets import SETS, Answers, EvaluationSet, open_set
 from kdlib.study.report import published
 from kdlib.study.report.render import number, pipe

@@ -23,8 +23,7 @@ from ruamel.yaml import YAML
 from kdlib import config
 from kdlib.errors import Refused, known, refuse_full_disk
 from kdlib.files import write_text
-from kdlib.parallel import progress
-from kdlib.parallel.signals import SIGNALS
+from kdlib.parallel.signals import SIGNALS, to_log
 
 SECONDS_TO_SAVE = 8  # of the ten that clusters give at least
 LOOK_SECONDS, BUSY = 0.3, 30.0  # at what others do, and from how many percent of the cores on it counts
@@ -100,7 +99,7 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
     _share_cores()
     for number in SIGNALS:
         signal.signal(number, _stop_kernel)
-    progress.to_log()
+    to_log()
     try:
         papermill.execute_notebook(
             str(notebook),

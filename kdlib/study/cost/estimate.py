@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from kdlib.engine.probe import BACKWARD, Cost
+from kdlib.study.cost.measure import BACKWARD, Cost
 
 NEWEST = 2  # checkpoints that are kept of a run until it is finished (kdlib.engine.checkpoint)
 COPIES = 3  # of a finished run's weights: in the run store, below runs/, in DVC's cache (where that cannot link)

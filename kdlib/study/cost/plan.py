@@ -14,18 +14,17 @@ import torch
 from kdlib.config.schema import Comparison, Params
 from kdlib.data.dataset import load
 from kdlib.data.sources import Shape
-from kdlib.engine import probe
-from kdlib.engine.learner import total_steps
-from kdlib.engine.probe import Cost
+from kdlib.engine.backend import threads
+from kdlib.engine.setting import Setting, total_steps
 from kdlib.engine.teacher import Teacher
-from kdlib.engine.threads import threads
-from kdlib.engine.train import Setting
 from kdlib.errors import Refused, refuse
 from kdlib.losses import METHODS
 from kdlib.models.build import build
 from kdlib.parallel.placement import Placement
 from kdlib.parallel.workers import side_by_side
+from kdlib.study.cost import measure
 from kdlib.study.cost.estimate import Forecast, Machine, Row, forecast, largest_group
+from kdlib.study.cost.measure import Cost
 from kdlib.study.cost.synthetic_data import Facts, facts, imagined
 from kdlib.study.training.checks import check_against_data
 from kdlib.study.training.experiment import PLAIN, Experiment
@@ -180,14 +179,14 @@ class Outlook:
         every = np.arange(len(found.train.labels))
         images, labels = found.train.images, found.train.labels
         stream = ViewStream(images, labels, every, classes=found.classes, recipe=its, hflip=found.hflip, seed=0)
-        return probe.decoding(stream, self.study.study.launch.processes, self.study.study.launch.nodes)
+        return measure.decoding(stream, self.study.study.launch.processes, self.study.study.launch.nodes)
 
     def _beside(self, count: int) -> int:
         """Processes of so many threads that train at once."""
         return max(1, self.cores // count)
 
     def _check_memory(self, kind: Kind, cost: Cost, user: str) -> None:
-        recipe, room = self.study.recipes[kind.recipe], probe.room(self.device) // self._beside(kind.threads)
+        recipe, room = self.study.recipes[kind.recipe], measure.room(self.device) // self._beside(kind.threads)
         if cost.peak_bytes is not None and cost.peak_bytes <= room:
             return
         setting, methods = _setting(self.study, self.facts[kind.data], self.device, kind)
@@ -195,7 +194,7 @@ class Outlook:
         def peak(size: int) -> int | None:
             smaller = replace(setting, recipe=recipe.model_copy(update={"group_size": size}))
             with threads(kind.threads), redirect_stdout(io.StringIO()):
-                return probe.memory(smaller, methods, cost)
+                return measure.memory(smaller, methods, cost)
 
         raise too_large(kind, user, recipe.batch_size // recipe.groups, cost.peak_bytes, room, peak)
 
@@ -254,7 +253,7 @@ def check_disk(of: Forecast, free: int) -> None:
 def _cost(study: Params, known: Mapping[str, Facts], device: torch.device, of: tuple[int, int], kind: Kind) -> Cost:
     """From (steps, processes). Keeps from the log what the engine says, which is not about a real training."""
     with threads(kind.threads), redirect_stdout(io.StringIO()):
-        return probe.cost(*_setting(study, known[kind.data], device, kind), *of)
+        return measure.cost(*_setting(study, known[kind.data], device, kind), *of)
 
 
 def _told(of: Callable[[Kind], Cost], item: tuple[str, Kind]) -> Cost:
@@ -270,7 +269,7 @@ def _untrained(model: str, shape: Shape, device: torch.device) -> Teacher:
     return Teacher(build(model, *shape).to(device))
 
 
-def _setting(study: Params, of: Facts, device: torch.device, kind: Kind) -> tuple[Setting, probe.Methods]:
+def _setting(study: Params, of: Facts, device: torch.device, kind: Kind) -> tuple[Setting, measure.Methods]:
     data, teacher = imagined(of), None
     if kind.teacher:
         taught = study.teachers[kind.teacher]

@@ -5,8 +5,7 @@ from pathlib import Path
 import pandas as pd
 from torch import Tensor
 
-from kdlib.engine.metrics import predict
-from kdlib.engine.train import EVALUATION_BATCH
+from kdlib.engine.metrics import EVALUATION_BATCH, predict
 from kdlib.errors import Refused, known
 from kdlib.study.report import collect
 from kdlib.study.training import planned

@@ -16,9 +16,12 @@ from kdlib.config.schema import Comparison, Params
 from kdlib.data.dataset import DataSet, load
 from kdlib.data.sources import prepare
 from kdlib.data.splits import Index, subset
+from kdlib.engine.backend import threads
+from kdlib.engine.learner import Job
+from kdlib.engine.record import write_measured
+from kdlib.engine.setting import Setting
 from kdlib.engine.teacher import Teacher
-from kdlib.engine.threads import threads
-from kdlib.engine.train import Job, Setting, train, write_measured
+from kdlib.engine.train import train
 from kdlib.errors import known, refuse, refuse_full_disk
 from kdlib.files import read_json, sha256, write_json
 from kdlib.losses import METHODS, looks_at
@@ -204,7 +207,7 @@ class Experiment:
             self.study.study.compute,
             self.study.study.answers_gb,
         )
-        setting = replace(setting, answers=self.answers / identity.of_answers(setting, digest))
+        setting = replace(setting, cache_folder=self.answers / identity.of_answers(setting, digest))
         return setting, [Planned(variant, seed, identity.of_run(setting, digest, variant)) for variant in variants]
 
     def _complete(self, setting: Setting, plans: list[Planned]) -> None:

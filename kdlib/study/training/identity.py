@@ -6,7 +6,7 @@ from typing import Any
 import timm
 import torch
 
-from kdlib.engine.train import Setting
+from kdlib.engine.setting import Setting
 from kdlib.losses import METHODS
 from kdlib.study.training.code_hash import code_fingerprint, fingerprint
 from kdlib.study.training.planned import Variant
