@@ -23,7 +23,7 @@ from pages import HERE, Row, about, heading, parser, ratio, write, written
 from peers import LOGITS, Official, Ours, OursSideBySide, Task, Timm, pil_batches
 
 from kdlib.engine.backend import threads
-from kdlib.engine.train import forward_flops
+from kdlib.engine.record import forward_flops
 from kdlib.files import write_text
 from kdlib.study.report.readme import insert_between_markers
 
@@ -137,7 +137,7 @@ def split(ours: Ours, peer: Official, steps: int) -> Row:
     """Milliseconds of a step's parts, each by itself: what the ceiling follows from."""
     task, learner = ours.task, ours.learners[0]
     batch = ours.stream.batch(0)
-    said = ours.answers.of_teacher(batch.images, LOGITS)
+    said = ours.cache.of_teacher(batch.images, LOGITS)
     images = batch.images.contiguous()
 
     def ms(do: Callable[[int], object]) -> float:
@@ -163,7 +163,7 @@ def split(ours: Ours, peer: Official, steps: int) -> Row:
     return parts | {
         "views, ours": ms(ours.stream.batch),
         "views, PIL in this process": ms(lambda number: list(pil_batches(task, range(number, number + 1), 0))),
-        "teacher, ours": ms(lambda _: ours.answers.of_teacher(batch.images, LOGITS)),
+        "teacher, ours": ms(lambda _: ours.cache.of_teacher(batch.images, LOGITS)),
     }
 
 
@@ -180,8 +180,8 @@ def measure(task: Task, rounds: int, steps: int, prefix: str = "") -> Iterator[R
     case, images = f"{prefix}one_student", task.batch * steps
     rows = [row(case, one.name, times[2], theirs, alone, images) for one, theirs in zip(contenders[:2], times[:2], strict=True)]
     found = {"case": case, "pil_workers": counts, "seconds_of_the_first_steps": warm_up, "milliseconds_of_a_step": parts, "rows": rows}
-    teacher = ours.answers.teacher
-    found["chosen"] = ours.learners[0].compute.record() | {"teacher_bf16": teacher.bf16, "teacher_compiled": teacher.kind}
+    teacher = ours.cache.teacher
+    found["chosen"] = ours.learners[0].backend.record() | {"teacher_bf16": teacher.bf16, "teacher_compiled": teacher.kind}
     if task.on_gpu:
         found |= used(task, images / statistics.median(times[2]))
     yield found

@@ -15,7 +15,7 @@ from losses_in_turn import Bench, Shapes
 from pages import HERE, Row, about, heading, parser, ratio, write_with_page
 
 from kdlib import config
-from kdlib.engine.memory import peak_bytes
+from kdlib.engine.probe import peak_bytes
 from kdlib.losses import METHODS
 from kdlib.models.build import build
 from kdlib.types import Asks, Feature, OutputShape

@@ -6,8 +6,8 @@ The official loop is written anew from a description of what it does; no line of
 import copy
 import multiprocessing
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from kdlib.config.schema import ComputeParams, RandAugmentParams, Recipe
-from kdlib.engine.backend import choose, fastest_teacher
-from kdlib.engine.learner import Learner
-from kdlib.engine.loop import own
+from kdlib.engine.backend import choose_backend, fastest_teacher, threads
+from kdlib.engine.gradients import StudentWithLoss
+from kdlib.engine.learner import Job, Learner
 from kdlib.engine.prefetch import prefetch
+from kdlib.engine.probe import try_step
 from kdlib.engine.teacher import Teacher
 from kdlib.engine.teacher_cache import TeacherCache
-from kdlib.engine.backend import threads
+from kdlib.losses.hard import HARD
 from kdlib.losses.kd import KD
 from kdlib.models.build import Classifier, build
+from kdlib.parallel.ranks import local_groups
 from kdlib.seed import generator, seed_torch
 from kdlib.types import Batch, Feature, Output
 from kdlib.views import crop
@@ -245,57 +247,58 @@ class Ours:
 
     def __init__(self, task: Task, students: range) -> None:
         self.task = task
-        compute = choose(AUTO, torch.device(task.device), task.recipe, task.steps, task.pixels.nbytes)
-        self.stream = task.stream(torch.from_numpy(task.pixels).to(task.device) if compute.resident else task.pixels, task.device)
+        backend = choose_backend(AUTO, torch.device(task.device), task.recipe, task.steps, task.pixels.nbytes, LOGITS)
+        self.stream = task.stream(torch.from_numpy(task.pixels).to(task.device) if backend.resident else task.pixels, task.device)
         batch = self.stream.batch(0)
-        teacher = fastest_teacher(Teacher(task.teaches()), compute, batch.images, LOGITS)
-        self.answers = self._answers(teacher, None)
-        self.ahead = compute.ahead
-        self.learners = []
-        said = self.answers.of_teacher(batch.images, LOGITS)
+        self.cache = self._cache(fastest_teacher(Teacher(task.teaches()), backend, batch.images, LOGITS), None)
+        self.ahead, self.learners = backend.ahead, []
+        output = self.cache.of_teacher(batch.images, LOGITS)
         for number in students:
-            kd = KD(hard_weight=1.0, weight=1.0, temperature=1.0)
-            learner = Learner(f"kd {number}", task.learns(number), kd, task.recipe, total_steps=task.steps, seed=0, compute=compute)
-            learner.compile_if_quicker(batch, said)
-            compute = learner.compute  # decided once: the others are the same
-            self.learners.append(learner)
+            job = Job(f"kd {number}", partial(KD, hard_weight=1.0, weight=1.0, temperature=1.0), False, Path())
+            make = partial(self._student, job, number)
+            cost = try_step(job.name, make, batch, output, backend, task.recipe.groups)
+            backend = replace(backend, kinds=(cost.kind,))  # decided once: the others are the same
+            self.learners.append(Learner(job, make(), task.recipe, total_steps=task.steps, seed=0, backend=backend))
+
+    def _student(self, job: Job, number: int) -> StudentWithLoss:
+        return StudentWithLoss(self.task.learns(number), job.method(), HARD[self.task.recipe.hard_loss])
 
     def keeping(self, folder: Path) -> "Ours":
         """The same, which keeps its teacher's answers, or reads them if they are there."""
-        made = copy.copy(self)
-        made.answers = self._answers(self.answers.teacher, folder)
-        return made
+        other = copy.copy(self)
+        other.cache = self._cache(self.cache.teacher, folder)
+        return other
 
-    def _answers(self, teacher: Teacher, folder: Path | None) -> TeacherCache:
+    def _cache(self, teacher: Teacher, folder: Path | None) -> TeacherCache:
         return TeacherCache(teacher, folder, self.task.batch // self.task.recipe.groups, self.task.images // self.task.batch)
 
     def batches(self, steps: range) -> Iterator[Any]:
         """Of every step its groups: number, views, answers."""
         groups = self.task.recipe.groups
-        places = ((step, number) for step in steps for number in own(groups))
+        places = ((step, number) for step in steps for number in local_groups(groups))
         made: list[Any] = []
         with threads(max(1, torch.get_num_threads() - self.ahead)):
-            for (step, number), (batch, said) in prefetch(self._make, places, self.ahead, self.task.device):
+            for (step, number), (batch, said) in prefetch(self._make, places, self.ahead):
                 made.append((step * groups + number, batch, said))
-                if number == own(groups)[-1]:
+                if number == local_groups(groups)[-1]:
                     yield made
                     made = []
-        self.answers.finish()
+        self.cache.finish()
 
     def _make(self, place: tuple[int, int]) -> tuple[Batch, Output]:
         step, number = place
         batch = self.stream.batch(step, number)
-        return batch, self.answers(step * self.task.recipe.groups + number, batch.images, LOGITS)
+        return batch, self.cache(step * self.task.recipe.groups + number, batch.images, LOGITS)
 
     def step(self, made: Any) -> list[Tensor]:
         """Losses stay where they are: nothing waits for the device."""
-        before = [learner._sums.sum() if len(learner._sums) else 0.0 for learner in self.learners]
+        before = [_summed(learner) for learner in self.learners]
         for group, batch, said in made:
             for learner in self.learners:
                 learner.take(group, batch, said)
         for learner in self.learners:
             learner.advance()
-        return [learner._sums.sum() - was for learner, was in zip(self.learners, before, strict=True)]
+        return [_summed(learner) - was for learner, was in zip(self.learners, before, strict=True)]
 
 
 class OursSideBySide:
@@ -337,3 +340,7 @@ def _serve(pipe: Any, task: Task, students: range) -> None:
             return
         found = [ours.step(batch) for batch in ours.batches(steps)]
         pipe.send([[float(loss) for loss in losses] for losses in zip(*found, strict=True)])
+
+
+def _summed(learner: Learner) -> Tensor | float:
+    return learner.curve._sums.sum() if len(learner.curve._sums) else 0.0

@@ -22,7 +22,7 @@ import torch
 from ruamel.yaml import YAML
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from kdlib.experiment import Experiment
+from kdlib.study.training.experiment import Experiment
 
 PACKAGE = Experiment.__module__.partition(".")[0]
 FOLDER = Path(str(sys.modules[PACKAGE].__file__)).parent

@@ -13,8 +13,8 @@ import torch
 
 from kdlib.engine import teacher_cache as module
 from kdlib.engine import train
+from kdlib.engine.setting import Setting
 from kdlib.engine.teacher_cache import KEPT, DifferentAnswers, TeacherCache, rounded
-from kdlib.engine.train import Setting
 from kdlib.losses import METHODS
 from kdlib.study.training import identity
 from kdlib.study.training.experiment import Experiment
@@ -43,7 +43,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[TeacherCache]:
 
 
 def keeping(folder: Path, gigabytes: float = 1.0, **changes: Any) -> Setting:
-    return dataclasses.replace(setting(**changes), answers=folder, answers_gb=gigabytes)
+    return dataclasses.replace(setting(**changes), cache_folder=folder, answers_gb=gigabytes)
 
 
 @pytest.fixture(scope="module")

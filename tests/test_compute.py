@@ -14,16 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kdlib.config.schema import ComputeParams
+from kdlib.config.schema import ComputeParams, Recipe
 from kdlib.engine import backend as module
 from kdlib.engine import compile, train
-from kdlib.engine.backend import Backend, choose, fastest_teacher
+from kdlib.engine.backend import Backend, choose_backend, fastest_teacher, threads
 from kdlib.engine.compile import in_turn, quickest
-from kdlib.engine.learner import Learner
 from kdlib.engine.prefetch import prefetch
 from kdlib.engine.teacher import Teacher
 from kdlib.engine.teacher_cache import TeacherCache, rounded
-from kdlib.engine.backend import threads
 from kdlib.errors import Refused
 from kdlib.losses import METHODS
 from kdlib.models.build import build
@@ -31,6 +29,7 @@ from kdlib.seed import seed_torch
 from kdlib.types import Feature
 from kdlib.views.stream import ViewStream
 from tests import training
+from tests.refusals import refused
 from tests.training import method, setting, trained
 
 CUDA = torch.device("cuda")
@@ -42,6 +41,11 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 
 def params(**changes: object) -> ComputeParams:
     return ComputeParams.model_validate({"precision": "auto", "compile": "auto", "resident": "auto", "ahead": "auto", **changes})
+
+
+def choose(compute: ComputeParams, device: torch.device, recipe: Recipe, steps: int, size: int) -> Backend:
+    """With a teacher that is asked."""
+    return choose_backend(compute, device, recipe, steps, size, LOGITS)
 
 
 def test_a_cpu_computes_plainly() -> None:
@@ -59,21 +63,24 @@ def test_half_of_the_threads_work_ahead(count: int, ahead: int) -> None:
     with threads(count):
         assert choose(params(), training.CPU, RECIPE, 1, 1).ahead == ahead
         assert choose(params(ahead=False), training.CPU, RECIPE, 1, 1).ahead == 0
+        assert choose_backend(params(), training.CPU, RECIPE, 1, 1, frozenset()).ahead == 0, "a view alone does not take long"
         assert choose(params(), training.CPU, training.recipe(augment="timm", crop_padding=0.0), 1, 1).ahead == 0
-        for wanted, expected in (("auto", 0), (True, 1), (False, 0)):
-            assert choose(params(precision="fp32", resident=False, ahead=wanted), CUDA, RECIPE, 1, 1).ahead == expected
+        for wanted in ("auto", False):
+            assert choose(params(precision="fp32", resident=False, ahead=wanted), CUDA, RECIPE, 1, 1).ahead == 0
+        with refused("study.compute.ahead"):
+            choose(params(precision="fp32", resident=False, ahead=True), CUDA, RECIPE, 1, 1)
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_what_is_made_ahead_comes_in_order(count: int) -> None:
     asked: list[int] = []
-    given = prefetch(lambda place: -place, (asked.append(place) or place for place in range(5)), count, training.CPU)  # type: ignore[func-returns-value]
+    given = prefetch(lambda place: -place, (asked.append(place) or place for place in range(5)), count)  # type: ignore[func-returns-value]
     assert next(given) == (0, 0)
     assert len(asked) == 1 + count
     assert list(given) == [(1, -1), (2, -2), (3, -3), (4, -4)]
-    assert list(prefetch(lambda place: place, [], count, training.CPU)) == []
+    assert list(prefetch(lambda place: place, [], count)) == []
     with pytest.raises(ZeroDivisionError):
-        list(prefetch(lambda place: 1 // place, [1, 0], count, training.CPU))
+        list(prefetch(lambda place: 1 // place, [1, 0], count))
 
 
 def test_training_with_work_ahead_is_the_same(tmp_path: Path) -> None:
@@ -98,7 +105,7 @@ def test_a_student_is_compiled_as_asked(monkeypatch: pytest.MonkeyPatch) -> None
     for compiled in (False, True):
         student, made = build(training.NET, 6, 1, 8), method("no_kd")()
         of = choose(params(compile=compiled), training.CPU, RECIPE, 1, 1)
-        assert Learner("no_kd", student, made, RECIPE, total_steps=2, seed=0, compute=of)._model
+        assert training.learner("no_kd", student, made, RECIPE, total_steps=2, seed=0, backend=of)
         assert len(asked) == compiled
 
 
@@ -317,7 +324,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, name: str) -> None:
         teacher, student, made = training.teacher().to(CUDA), build(training.NET, 6, 1, 8, 0.3).to(CUDA), method(name)()
         made.adapt(student.shape, teacher.shape, torch.from_numpy(split.labels[among.index].astype("int64")))
         compute = Backend(CUDA, bf16=True)
-        learner = Learner(name, student, made.to(CUDA), among.recipe, total_steps=20, seed=0, compute=compute)
+        learner = training.learner(name, student, made.to(CUDA), among.recipe, total_steps=20, seed=0, backend=compute)
         answers = TeacherCache(teacher.in_bf16(), kept, 16, 6, tolerance=1.0)
         for step in range(6):
             with warnings.catch_warnings(action="ignore"):  # torch's: that this mode does not see everything yet
@@ -335,9 +342,9 @@ def test_no_step_waits_for_the_device(tmp_path: Path, name: str) -> None:
 @pytest.mark.gpu
 @gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # torch offers them where fp32 was asked for
-@pytest.mark.parametrize("changes", [{"ahead": True}, {"compile": True}, {"compile": "graphs"}])
+@pytest.mark.parametrize("changes", [{"compile": True}, {"compile": "graphs"}])
 def test_what_is_quicker_learns_the_same(tmp_path: Path, changes: dict[str, object]) -> None:
-    """A teacher in a second stream reads and writes no memory too early; a compiled student, and its graphs, compute the same."""
+    """A compiled student, and its graphs, compute the same."""
     losses = {}
     for name, compute in (
         ("plain", params(precision="fp32", compile=False)),

@@ -25,7 +25,7 @@ from torch.testing import assert_close
 from torchvision.ops import masks_to_boxes
 
 from kdlib import config
-from kdlib.engine.train import weights
+from kdlib.engine.record import weights
 from kdlib.files import read_json
 from kdlib.models.build import build as build_classifier
 from kdlib.parallel.signals import Stopped

@@ -24,7 +24,6 @@ from torch.testing import assert_close
 
 from kdlib import config
 from kdlib.config.schema import Launch
-from kdlib.engine.learner import Learner
 from kdlib.engine.loop import TrainingLoop
 from kdlib.engine.metrics import predict
 from kdlib.engine.teacher_cache import TeacherCache
@@ -63,10 +62,13 @@ def train(names: tuple[str, ...], steps: int) -> dict[str, dict[str, Any]]:
         seed_torch(0, "init")
         student, made = build(training.NET, 6, 1, 8, 0.3), method(name)()
         made.adapt(student.shape, teacher.shape, torch.from_numpy(split.labels[among.index].astype(np.int64)))
-        learners.append(Learner(name, student.double(), made.double(), among.recipe, total_steps=steps, seed=0))
+        learners.append(training.learner(name, student.double(), made.double(), among.recipe, total_steps=steps, seed=0))
     answers = TeacherCache(teacher, None, 12, 8)
     TrainingLoop(learners, stream, answers, validate=lambda _: 0.0, save=lambda _: None, save_seconds=1e9, title="test").run()
-    return {one.name: {"losses": torch.tensor([row["loss"] for row in one.curve]), "state": one.student.state_dict()} for one in learners}
+    return {
+        one.job.name: {"losses": torch.tensor([row["loss"] for row in one.curve.rows]), "state": one.student.state_dict()}
+        for one in learners
+    }
 
 
 def meet(number: int, folder: Path) -> None:

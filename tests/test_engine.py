@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from kdlib.data.splits import subset
 from kdlib.engine import checkpoint
-from kdlib.engine.learner import Learner
 from kdlib.engine.loop import TrainingLoop
+from kdlib.engine.setting import Setting
 from kdlib.engine.teacher_cache import TeacherCache
-from kdlib.engine.train import Setting
 from kdlib.losses import METHODS
 from kdlib.losses.base import HardLoss, Method
 from kdlib.losses.kd import KD
@@ -212,7 +211,9 @@ def test_the_loop_is_sgd_on_a_cosine() -> None:
     torch.manual_seed(8)
     student = build(training.NET, 6, 1, 8)
     plain, teacher = copy.deepcopy(student.net), copy.deepcopy(among.teacher.classifier.net).eval()
-    learner = Learner("kd", student, KD(hard_weight=0.5, weight=2.0, temperature=temperature), among.recipe, total_steps=total, seed=0)
+    learner = training.learner(
+        "kd", student, KD(hard_weight=0.5, weight=2.0, temperature=temperature), among.recipe, total_steps=total, seed=0
+    )
     velocity = {name: torch.zeros_like(weight) for name, weight in plain.named_parameters()}
     for step in range(5):
         batch = stream.batch(step)
@@ -238,7 +239,7 @@ def test_the_loop_is_sgd_on_a_cosine() -> None:
 
 
 def test_decay_spares_norms_and_biases() -> None:
-    learner = Learner(
+    learner = training.learner(
         "no_kd", build(training.NET, 6, 1, 8), NoKD(hard_weight=1.0), training.recipe(weight_decay=0.01), total_steps=5, seed=0
     )
     decayed = {id(weight) for group in learner.optimizer.param_groups if group["weight_decay"] for weight in group["params"]}
@@ -250,7 +251,9 @@ def test_decay_spares_norms_and_biases() -> None:
 
 
 def test_the_learning_rate_is_never_zero() -> None:
-    learner = Learner("no_kd", build(training.NET, 6, 1, 8), NoKD(hard_weight=1.0), training.recipe(warmup=0.5), total_steps=6, seed=0)
+    learner = training.learner(
+        "no_kd", build(training.NET, 6, 1, 8), NoKD(hard_weight=1.0), training.recipe(warmup=0.5), total_steps=6, seed=0
+    )
     split = setting().data.train
     batch = ViewStream(split.images, split.labels, np.arange(96), classes=6, recipe=training.recipe(), hflip=0.0, seed=0).batch(0)
     rates = []
@@ -281,7 +284,7 @@ def asked(done: dict[str, int]) -> tuple[dict[str, list[Asks]], list[Asks]]:
         student, made = build(training.NET, 6, 1, 8), ALL[name]()
         made.adapt(student.shape, among.teacher.shape, torch.from_numpy(split.labels[among.index].astype(np.int64)))
         student.register_forward_pre_hook(lambda _, given, name=name: of_students[name].append(given[1]))
-        learners.append(Learner(name, student, made, among.recipe, total_steps=2, seed=0))
+        learners.append(training.learner(name, student, made, among.recipe, total_steps=2, seed=0))
         learners[-1].step = steps
     among.teacher.register_forward_pre_hook(lambda _, given: of_teacher.append(given[1]))
     TrainingLoop(

@@ -90,7 +90,7 @@ def learner(name: str = "kd", **changes: object) -> Learner:
     torch.manual_seed(8)
     student, made = build(training.NET, 6, 1, 8), method(name)()
     made.adapt(student.shape, training.teacher().shape, torch.arange(96) % 6)
-    return Learner(name, student.double(), made.double(), recipe, total_steps=10, seed=0)
+    return training.learner(name, student.double(), made.double(), recipe, total_steps=10, seed=0)
 
 
 def in_double(views: ViewStream, step: int, number: int) -> object:
@@ -120,8 +120,8 @@ def test_a_step_takes_the_mean_of_its_groups() -> None:
     for weight, *of_groups in zip(ours.student.parameters(), *slopes, strict=True):
         assert_close(weight.grad, torch.stack(of_groups).mean(0))
     ours.advance()
-    ours.close_epoch(1, 24, None)
-    assert ours.curve[-1]["loss"] == pytest.approx(np.mean(losses))
+    ours.curve.close_epoch(1, ours.step, 24, None)
+    assert ours.curve.rows[-1]["loss"] == pytest.approx(np.mean(losses))
     kept = [values for name, values in ours.student.named_buffers() if "running" in name]
     for values, *of_groups in zip(kept, *statistics, strict=True):
         assert_close(values, torch.stack(of_groups).mean(0))

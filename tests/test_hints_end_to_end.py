@@ -18,8 +18,8 @@ from torch import Tensor
 from kdlib import config
 from kdlib.engine import train
 from kdlib.engine.learner import Learner
+from kdlib.engine.setting import Setting
 from kdlib.engine.teacher import Teacher
-from kdlib.engine.train import Setting
 from kdlib.losses import METHODS, Method
 from kdlib.models.build import Classifier, build
 from kdlib.seed import seed_torch
@@ -219,7 +219,7 @@ def test_a_learners_state_is_all_that_the_next_step_depends_on(name: str) -> Non
         student = build(among.student, 6, 1, among.size)
         method = METHODS[name](**parameters(name))
         method.adapt(student.shape, among.teacher.shape, labels)
-        return Learner(name, student, method, among.recipe, total_steps=8, seed=0)
+        return training.learner(name, student, method, among.recipe, total_steps=8, seed=0)
 
     def step(learner: Learner) -> None:
         batch = stream.batch(learner.step)
@@ -255,10 +255,10 @@ def learn_by_hints_alone(student: Classifier, teacher: Teacher, names: Iterable[
         method, own = METHODS[name](**parameters(name)), copy.deepcopy(student)
         method.adapt(own.shape, teacher.shape, labels)
         before = copy.deepcopy(dict(method.named_parameters()))
-        learner = Learner(name, own, method, recipe, total_steps=8, seed=0)
+        learner = training.learner(name, own, method, recipe, total_steps=8, seed=0)
         learner.take(learner.step, batch, toys.asked(answers, method.asks_teacher))
         learner.advance()
-        assert learner.diverged_step is None, name
+        assert learner.curve.diverged_step is None, name
         assert any(not torch.equal(*pair) for pair in zip(own.parameters(), student.parameters(), strict=True)), name
         for key, parameter in method.named_parameters():
             assert parameter.isfinite().all()

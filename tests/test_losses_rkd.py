@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from kdlib.engine.memory import peak_bytes
+from kdlib.engine.probe import peak_bytes
 from kdlib.losses.rkd import ELEMENTS, rkd
 from tests.toys import compute, distillation, draw, expect, make, require_grad
 

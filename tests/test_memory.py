@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdlib.engine.learner import Learner
-from kdlib.engine.memory import peak_bytes
+from kdlib.engine import probe
+from kdlib.engine.probe import peak_bytes
 from kdlib.losses import METHODS
 from kdlib.losses.base import Method
 from kdlib.types import Batch, Output, Terms
@@ -190,7 +190,7 @@ def test_a_runs_step_is_measured_and_nothing_else_changes(tmp_path: Path, monkey
     methods: dict[str, Callable[[], Method]] = {name: method(name) for name in METHODS}
     methods["greedy"] = lambda: Greedy(hard_weight=1.0, weight=1.0)
     measured = trained(setting(epochs=1.0), methods, tmp_path / "measured")
-    monkeypatch.setattr(Learner, "step_bytes", lambda *_: 0)
+    monkeypatch.setattr(probe, "_step_bytes", lambda *_: 0)
     untouched = trained(setting(epochs=1.0), methods, tmp_path / "untouched")
     found = {name: json.loads(files.pop("metrics.json")) for name, files in measured.items()}
     expected = {name: json.loads(files.pop("metrics.json")) for name, files in untouched.items()}

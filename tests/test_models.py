@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import FeatureListNet
 from torch import Tensor, nn
 
-from kdlib.engine.train import forward_flops, weights
+from kdlib.engine.record import forward_flops, weights
 from kdlib.models import cifar
 from kdlib.models.build import Classifier, build
 from kdlib.models.features import stage_indices

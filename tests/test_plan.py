@@ -77,7 +77,7 @@ def test_decoding_is_timed_once_the_images_are_listed(tmp_path: Path, monkeypatc
     Experiment(tmp_path / "study").prepare_data("net")
     quick = planned(tmp_path / "study", made, 1).loc[training.COMPARISON]
     assert quick["decoding"] > 0
-    monkeypatch.setattr("kdlib.engine.probe.decoding", lambda *_: 10.0)  # seconds for each view
+    monkeypatch.setattr("kdlib.study.cost.measure.decoding", lambda *_: 10.0)  # seconds for each view
     slow = planned(tmp_path / "study", made, 1).loc[training.COMPARISON]
     assert slow["hours"] == pytest.approx(slow["images"] * 10 / 3600, rel=0.1)
     assert slow["decoding"] > 10
@@ -124,7 +124,7 @@ def test_the_largest_group_is_a_half_of_a_half(group: int, found: int | None) ->
 
 
 def test_memory_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdlib.engine.probe.room", lambda _: 1000)
+    monkeypatch.setattr("kdlib.study.cost.measure.room", lambda _: 1000)
     tiny.write(tmp_path, training.content(methods=("kd",)))
     with pytest.raises(Refused, match=r"recipes\.\w+\.group_size.*does not fit"):
         study.plan(tmp_path, 1)

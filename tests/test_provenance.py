@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kdlib.config.schema import ComputeParams, Recipe
-from kdlib.engine.train import Setting
+from kdlib.engine.setting import Setting
 from kdlib.losses import METHODS
 from kdlib.study.training import code_hash, identity
 from kdlib.study.training.code_hash import closure, fingerprint
@@ -112,7 +112,6 @@ REPEATS_NOTHING = {
         "kdlib.study.cost.table",
         "kdlib.study.cost.estimate",
         "kdlib.study.cost.plan",
-        "kdlib.engine.probe",
         "kdlib.study.cost.synthetic_data",
     ),
     "kdlib.study.cli.slurm",
@@ -350,7 +349,7 @@ def test_everything_that_a_run_is_given_counts() -> None:
     found += [described(small(), **given) for given in ({"teacher": "other"}, {"teacher": None}, {"method": "dkd"}, {"trial": True})]
     found += [described(small(), weight=1.0), described(small(), weight=2.0), described(small(), temperature=1.0)]
     assert len({plain, *found}) == 1 + len(found)
-    assert described(small(title="another title", answers=Path("elsewhere"), answers_gb=2.0)) == plain
+    assert described(small(title="another title", cache_folder=Path("elsewhere"), answers_gb=2.0)) == plain
     assert described(small(), a=1.0, b=2.0) == described(small(), b=2.0, a=1.0)
 
 

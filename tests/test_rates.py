@@ -13,8 +13,8 @@ from torch import nn
 
 from kdlib import config
 from kdlib.config.schema import Recipe
-from kdlib.engine.learner import Learner, total_steps
 from kdlib.engine.lr_schedule import scheduler, set_rate
+from kdlib.engine.setting import total_steps
 from kdlib.losses.fitnet import FitNet
 from kdlib.models.build import build
 from kdlib.study.training.experiment import Experiment
@@ -145,7 +145,7 @@ def test_a_learner_gives_all_its_groups_the_rate() -> None:
     among = training.setting()
     student, method = build(training.NET, 6, 1, 8), FitNet(hard_weight=1.0, weight=1.0, stage=1.0)
     method.adapt(student.shape, among.teacher.shape, torch.arange(96) % 6)
-    learner = Learner("fitnet", student, method, recipe, total_steps=10, seed=0)
+    learner = training.learner("fitnet", student, method, recipe, total_steps=10, seed=0)
     assert len(learner.optimizer.param_groups) == 4  # decayed or not, of the student and of its adapter
     for expected in plainly(recipe, 10):
         for parameter in (*student.parameters(), *method.parameters()):

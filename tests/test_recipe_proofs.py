@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from kdlib.config.schema import Recipe
-from kdlib.engine.learner import Learner, total_steps
+from kdlib.engine.setting import total_steps
 from kdlib.losses import HARD
 from kdlib.losses.base import Method
 from kdlib.models.build import Classifier, build
@@ -114,7 +114,7 @@ def test_weights_decay_as_in_the_official_script(student: str, method: str) -> N
     recipe = published_recipes.strong("A1")
     made = build(student, CLASSES, 3, 32, recipe.drop_path)
     adapters = adapted(method, made, made, CLASSES)
-    learner = Learner(method, made, adapters, recipe, total_steps=10, seed=0)
+    learner = training.learner(method, made, adapters, recipe, total_steps=10, seed=0)
     together = copy.copy(made.net)  # the learner's own parameters
     together.kd_loss_fn = adapters
     names = {id(weight): name for name, weight in together.named_parameters()}
@@ -141,7 +141,7 @@ def test_steps_are_those_of_timms_lamb_on_student_and_adapters(name: str) -> Non
     student = build(training.NET, 6, 1, 8)
     method = adapted(name, student, among.teacher.classifier, 6)
     twin, its = copy.deepcopy(student), copy.deepcopy(method)
-    learner = Learner(name, student, method, recipe, total_steps=10, seed=0)
+    learner = training.learner(name, student, method, recipe, total_steps=10, seed=0)
     twin.net.kd_loss_fn = its
     optimizer = create_optimizer_v2(twin.net, opt="lamb", lr=recipe.learning_rate, weight_decay=recipe.weight_decay, momentum=0.9)
     schedule = CosineLRScheduler(optimizer, t_initial=10, lr_min=1e-6, warmup_t=2, warmup_lr_init=1e-6, t_in_epochs=False)

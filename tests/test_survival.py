@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kdlib.engine import checkpoint, loop
-from kdlib.engine.train import Job
+from kdlib.engine.learner import Job
 from kdlib.errors import Refused
 from kdlib.seed import generator
 from kdlib.study.training.experiment import Experiment

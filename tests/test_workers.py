@@ -10,10 +10,10 @@ import psutil
 import pytest
 import torch
 
-from kdlib.parallel.signals import watched
 from kdlib.engine.backend import threads
 from kdlib.errors import Refused
 from kdlib.files import read_json
+from kdlib.parallel.signals import watched
 from kdlib.parallel.workers import side_by_side
 from kdlib.study.training.experiment import Diverged, Experiment
 from tests import training

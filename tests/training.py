@@ -21,11 +21,16 @@ from kdlib import config
 from kdlib.config.schema import ComputeParams, Recipe
 from kdlib.data.dataset import load
 from kdlib.engine import checkpoint
+from kdlib.engine.backend import Backend
+from kdlib.engine.gradients import StudentWithLoss
+from kdlib.engine.learner import Job, Learner
+from kdlib.engine.setting import Setting
 from kdlib.engine.teacher import Teacher
-from kdlib.engine.train import Job, Setting, train
+from kdlib.engine.train import train
 from kdlib.losses import METHODS
 from kdlib.losses.base import Method
-from kdlib.models.build import build
+from kdlib.losses.hard import HARD
+from kdlib.models.build import Classifier, build
 from kdlib.seed import seed_torch
 from kdlib.study.training.experiment import Experiment
 from kdlib.study.training.store import Store
@@ -110,6 +115,16 @@ def setting(seed: int = 0, index: np.ndarray | None = None, taught_by: Teacher |
 def method(name: str) -> Callable[[], Method]:
     """With the parameters of the study's params.yaml."""
     return lambda: METHODS[name](**config.load(ROOT).methods[name])
+
+
+def learner(
+    name: str, student: Classifier, method: Method, recipe: Recipe, *, total_steps: int, seed: int = 0, backend: Backend | None = None
+) -> Learner:
+    """At the beginning, with no folder to write to."""
+    job = Job(name, lambda: method, False, Path())
+    device = next(student.parameters()).device
+    model = StudentWithLoss(student, method, HARD[recipe.hard_loss])
+    return Learner(job, model, recipe, total_steps=total_steps, seed=seed, backend=backend or Backend(device))
 
 
 def trained(

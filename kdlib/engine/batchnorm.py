@@ -19,8 +19,8 @@ class RunningStatistics:
 
     def __init__(self, *modules: nn.Module, groups: int) -> None:
         layers = [layer for module in modules for layer in module.modules() if isinstance(layer, _BatchNorm)]
-        found = [values for layer in layers for values in (layer.running_mean, layer.running_var) if values is not None]
-        self._kept: list[Float[Tensor, " features"]] = found if groups > 1 else []
+        statistics = [values for layer in layers for values in (layer.running_mean, layer.running_var) if values is not None]
+        self._kept: list[Float[Tensor, " features"]] = statistics if groups > 1 else []
         counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
         self._counts: list[Tensor] = counts if groups > 1 else []  # of steps, then
         self._start: list[Tensor] = []

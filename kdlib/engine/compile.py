@@ -18,7 +18,7 @@ TRIALS = 10  # of which the quickest counts
 # a graph saves the host's work, which a longer step hides (an H200's BEiTv2-B gained 3 %), and keeps the memory of its step to itself
 GRAPHS_BELOW = 0.02  # seconds of a step
 WARM_UP = 3  # passes before a recording: libraries choose and load kernels in them
-Said = TypeVar("Said")
+Result = TypeVar("Result")
 
 
 def compiled(module: nn.Module) -> nn.Module:
@@ -38,29 +38,29 @@ class Replayed:
     replay writes. ``unchanged``: within it the passes before a recording, which do change things, leave nothing behind.
     """
 
-    def __init__(self, do: Callable[..., Said], unchanged: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+    def __init__(self, do: Callable[..., Result], unchanged: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self._do, self._unchanged = do, unchanged
         self._recorded: list[tuple[Any, list[Any], Callable[[], None], Any]] = []  # of what, its inputs, how it is replayed, its outputs
 
-    def __call__(self, *given: Any) -> Any:
-        leaves, structure = tree_flatten(given)
-        kind = structure, [(leaf.shape, leaf.dtype, leaf.stride()) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        found = next((recorded for recorded in self._recorded if recorded[0] == kind), None)
-        if not found:
-            found = kind, *self._record(leaves, structure)
-            self._recorded.append(found)
-        _, inputs, replay, said = found
+    def __call__(self, *arguments: Any) -> Any:
+        leaves, structure = tree_flatten(arguments)
+        signature = structure, [(leaf.shape, leaf.dtype, leaf.stride()) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        recorded = next((known for known in self._recorded if known[0] == signature), None)
+        if not recorded:
+            recorded = signature, *self._record(leaves, structure)
+            self._recorded.append(recorded)
+        _, inputs, replay, outputs = recorded
         pairs = [(here, leaf) for here, leaf in zip(inputs, leaves, strict=True) if isinstance(leaf, Tensor)]
         torch._foreach_copy_([here for here, _ in pairs], [leaf for _, leaf in pairs])
         replay()
-        return said
+        return outputs
 
     def _record(self, leaves: list[Any], structure: Any) -> tuple[list[Any], Callable[[], None], Any]:
         inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        given = tree_unflatten(inputs, structure)
+        arguments = tree_unflatten(inputs, structure)
         with self._unchanged():
-            warm_up(lambda: self._do(*given))
-        return inputs, *recording(lambda: self._do(*given))
+            warm_up(lambda: self._do(*arguments))
+        return inputs, *recording(lambda: self._do(*arguments))
 
 
 def warm_up(do: Callable[[], object]) -> None:
@@ -73,13 +73,13 @@ def warm_up(do: Callable[[], object]) -> None:
     torch.cuda.current_stream().wait_stream(aside)
 
 
-def recording(do: Callable[[], Said]) -> tuple[Callable[[], None], Said]:
+def recording(do: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
     """How it is replayed, and where the results are then."""
     graph = torch.cuda.CUDAGraph()
     # thread_local: another thread may prepare the next batch meanwhile
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        said = do()
-    return graph.replay, said
+        outputs = do()
+    return graph.replay, outputs
 
 
 def quickest(name: str, steps: Mapping[Kind, Callable[[], object]]) -> Kind:

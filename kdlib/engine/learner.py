@@ -36,7 +36,7 @@ class Job:
 
 
 class Learner:
-    """Learns by one job. Trained among others it ends with the weights that it would have alone: its random draws are named by (seed, step).
+    """Learns by one job. Trained among others it ends with the weights it would have alone: its random draws are named by (seed, step).
 
     ``model``: the student with its loss, at the beginning of its training. ``backend``: how it computes.
     """

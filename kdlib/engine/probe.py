@@ -85,7 +85,7 @@ def _on_cpu(step: Callable[[], object]) -> int:
         watched.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text("utf-8"))["traceEvents"]
     allocations = [event["args"] for event in events if event["name"] == "[memory]"]
-    return _peak((one["Addr"], one["Bytes"]) for one in sorted(allocations, key=lambda one: one["Ev Idx"]))
+    return _peak((event["Addr"], event["Bytes"]) for event in sorted(allocations, key=lambda event: event["Ev Idx"]))
 
 
 def _peak(allocations: Iterator[tuple[int, int]]) -> int:

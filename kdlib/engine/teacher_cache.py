@@ -1,4 +1,4 @@
-"""A teacher's answers to the views of a stream, kept on disk: whoever trains on the same views again needs no teacher's pass."""
+"""A teacher's outputs for the views of a stream, kept on disk: whoever trains on the same views again needs no teacher's pass."""
 
 import functools
 import os
@@ -23,11 +23,11 @@ LARGEST = torch.finfo(torch.float16).max
 
 
 class DifferentAnswers(RuntimeError):
-    """What lies on disk is not what the teacher says."""
+    """The outputs on disk are not those of this teacher."""
 
 
 def rounded(output: Output) -> Output:
-    """To what half precision can say; beyond its range, to the end of it. Not the maps, which are never kept."""
+    """The output rounded to half precision; beyond its range, to the end of it. Maps, which are never kept, stay as they are."""
     return Output(_round(output.logits), None if output.embedding is None else _round(output.embedding), output.maps, output.preactivations)
 
 
@@ -58,32 +58,32 @@ class TeacherCache:
     _sampled: dict[int, set[int]] = field(default_factory=dict, init=False, repr=False)  # of each file
 
     def __call__(self, group: int, images: Images, asks: Asks) -> Output:
-        """The answers to the views of the stream's ``group``, counted from 0 over all steps."""
-        found = self._read(group, {Feature.LOGITS, *asks} & set(KEPT)) if self.folder else None
-        is_sample = bool(found) and self._is_sample(group)
-        if found and asks <= set(KEPT) and not is_sample:
-            return _to_output({part: to_device(values, images.device) for part, values in found.items()})
+        """The output for the views of the stream's ``group``, counted from 0 over all steps."""
+        kept = self._read(group, {Feature.LOGITS, *asks} & set(KEPT)) if self.folder else None
+        is_sample = bool(kept) and self._is_sample(group)
+        if kept and asks <= set(KEPT) and not is_sample:
+            return _to_output({part: to_device(values, images.device) for part, values in kept.items()})
         output = self.of_teacher(images, asks)
-        if found and is_sample:
-            self._when_said(output, functools.partial(self._compare, group, found))
-        elif self.folder and not found:
-            self._when_said(output, functools.partial(self._write, group))
+        if kept and is_sample:
+            self._when_there(output, functools.partial(self._compare, group, kept))
+        elif self.folder and not kept:
+            self._when_there(output, functools.partial(self._write, group))
         return output
 
     def finish(self) -> None:
-        """Write, or compare, what was said last."""
+        """Write, or compare, the last output."""
         if self._waiting:
             (event, work), self._waiting = self._waiting, None
             event.synchronize()
             work()
 
     def of_teacher(self, images: Images, asks: Asks) -> Output:
-        """As it is said and kept; no file is looked at."""
+        """The teacher's output, rounded as it is kept; no file is looked at."""
         self.passes += 1
         return rounded(self.teacher(images, asks))
 
     def bytes(self, groups: int, asks: Asks) -> int:
-        """What answers to so many groups take on the disk."""
+        """Bytes on the disk of the outputs for so many groups."""
         return groups * sum(_block(self.group_size, self._width(part)).itemsize for part in KEPT if part in {Feature.LOGITS, *asks})
 
     def _width(self, part: Feature) -> int:
@@ -91,37 +91,37 @@ class TeacherCache:
 
     def _is_sample(self, group: int) -> bool:
         """The first group of each file that is asked for, and one drawn anew by each process: an edit that escapes one meets another."""
-        number, place = divmod(group, self.per_file)
-        return place in self._sampled.setdefault(number, {place, place + secrets.randbelow(self.per_file - place)})
+        number, position = divmod(group, self.per_file)
+        return position in self._sampled.setdefault(number, {position, position + secrets.randbelow(self.per_file - position)})
 
     def _path(self, part: Feature, number: int) -> Path:
         return Path(self.folder or "") / f"{part}-{number:05d}.bin"
 
-    def _when_said(self, output: Output, then: Callable[[dict[Feature, Tensor]], None]) -> None:
-        """``then`` gets what is kept of it on the host, when the next one has been asked for: by then the copy has long been made."""
+    def _when_there(self, output: Output, then: Callable[[dict[Feature, Tensor]], None]) -> None:
+        """Call ``then`` with what is kept of an output, on the host, when the next one is asked for: by then the copy has long been made."""
         self.finish()
-        said = {part: getattr(output, part.value) for part in KEPT}
-        on_host = {part: values.half().to("cpu", non_blocking=True) for part, values in said.items() if values is not None}
+        parts = {part: getattr(output, part.value) for part in KEPT}
+        on_host = {part: values.half().to("cpu", non_blocking=True) for part, values in parts.items() if values is not None}
         event = torch.get_device_module(output.logits.device).Event()
         event.record()
         self._waiting = event, functools.partial(then, on_host)
 
     def _read(self, group: int, parts: set[Feature]) -> dict[Feature, np.ndarray] | None:
-        number, place = divmod(group, self.per_file)
-        found = {}
+        number, position = divmod(group, self.per_file)
+        kept = {}
         for part in sorted(parts):
             blocks = self._map(part, number)
-            if place >= len(blocks) or not blocks[place]["sum"]:  # not written yet
+            if position >= len(blocks) or not blocks[position]["sum"]:  # not written yet
                 return None
-            values = np.array(blocks[place]["values"])
-            if blocks[place]["sum"] != _sum(values):
+            values = np.array(blocks[position]["values"])
+            if blocks[position]["sum"] != _sum(values):
                 print(f"{self._path(part, number)}: group {group} is damaged: asking the teacher again", file=sys.stderr, flush=True)
                 return None
-            found[part] = values
-        return found
+            kept[part] = values
+        return kept
 
     def _map(self, part: Feature, number: int) -> np.ndarray:
-        """The whole blocks of a file; none of one that is not there."""
+        """The whole blocks of a file; none of a file that is not there."""
         kept = self._files.get((part, number))
         block, path = _block(self.group_size, self._width(part)), self._path(part, number)
         size = path.stat().st_size // block.itemsize if path.is_file() else 0
@@ -130,27 +130,27 @@ class TeacherCache:
             kept = self._files[part, number] = np.memmap(path, block, "r", shape=(size,)) if size else np.empty(0, block)
         return kept
 
-    def _compare(self, group: int, found: dict[Feature, np.ndarray], said: dict[Feature, Tensor]) -> None:
-        for part, values in found.items():
-            gap = float((said[part].float() - torch.from_numpy(values).float()).abs().nan_to_num(torch.inf).max())
+    def _compare(self, group: int, kept: dict[Feature, np.ndarray], live: dict[Feature, Tensor]) -> None:
+        for part, values in kept.items():
+            gap = float((live[part].float() - torch.from_numpy(values).float()).abs().nan_to_num(torch.inf).max())
             if gap > self.tolerance:
                 raise DifferentAnswers(
                     f"{self._path(part, group // self.per_file)}: found answers to group {group} that differ from the teacher's by "
                     f"{gap:g}; allowed: {self.tolerance:g}; delete {self.folder} and run the same again"
                 )
 
-    def _write(self, group: int, said: dict[Feature, Tensor]) -> None:
+    def _write(self, group: int, live: dict[Feature, Tensor]) -> None:
         if not self.folder:  # the write before this one failed
             return
-        number, place = divmod(group, self.per_file)
-        for part, values in said.items():
+        number, position = divmod(group, self.per_file)
+        for part, values in live.items():
             block = np.zeros(1, _block(self.group_size, self._width(part)))
             block["values"], block["sum"] = values.numpy(), _sum(values.numpy())
             path = self._path(part, number)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-                    file.seek(place * block.itemsize)
+                    file.seek(position * block.itemsize)
                     file.write(block.tobytes())
             except OSError as error:
                 print(f"{path}: {error.strerror}: going on without keeping the teacher's answers", file=sys.stderr, flush=True)
@@ -163,7 +163,7 @@ def _block(group_size: int, width: int) -> np.dtype:
 
 
 def _sum(values: np.ndarray) -> int:
-    """Never 0, which stands for what was not written."""
+    """A checksum that is never 0, which stands for what was not written."""
     return zlib.crc32(values.tobytes()) + 1
 
 

@@ -100,7 +100,7 @@ def _take_part(launch: Launch, offered: Work) -> Any:
         local_addr=_own_address(launch) if launch.nodes > 1 else None,
     )
     try:
-        found = elastic_launch(config, _do)(work, raises)
+        results = elastic_launch(config, _do)(work, raises)
     except ChildFailedError as error:
         if asked_to_stop():  # a process that has not begun to train ends at once
             raise Stopped("stopped; the same command goes on from the last step") from error
@@ -109,21 +109,21 @@ def _take_part(launch: Launch, offered: Work) -> Any:
         allowed = f"{launch.nodes} machines within {JOIN_SECONDS // 60} minutes"
         what = f"start `python -m kdlib.study join` on all but the first, and see that they reach {host}"
         raise refuse("study.launch.nodes", f"fewer machines ({error})", allowed, what) from error
-    result = found[min(found)]
+    result = results[min(results)]
     if isinstance(result, BaseException):
         raise result
     return result
 
 
 def _failed(launch: Launch, number: int, failure: ProcessFailure) -> Exception:
-    told = failure.error_file_data["message"]
-    said = str(told["message"] if isinstance(told, dict) else failure.message)
-    kind, _, text = said.partition(": ")
+    reported = failure.error_file_data["message"]
+    message = str(reported["message"] if isinstance(reported, dict) else failure.message)
+    kind, _, text = message.partition(": ")
     if kind == Refused.__name__:
         return Refused(text)
     how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     return RankFailed(
-        f"process {number} of {launch.processes * launch.nodes} that trained together ended with {how}: {said.strip()}. "
+        f"process {number} of {launch.processes * launch.nodes} that trained together ended with {how}: {message.strip()}. "
         "The others were ended; run the same again to go on from the last checkpoint"
     )
 

@@ -1,4 +1,4 @@
-"""What the processes of a distributed training tell each other. Alone, a process is rank 0 of 1 and talks to itself."""
+"""Communication between the processes of a distributed training. Alone, a process is rank 0 of 1 and talks to itself."""
 
 from typing import TypeVar
 
@@ -11,17 +11,17 @@ Item = TypeVar("Item")
 
 
 def world() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this one is, from 0. What is written is written by rank 0."""
+    """This process's number among them, from 0. Rank 0 writes all files."""
     return dist.get_rank() if world() > 1 else 0
 
 
 def local_groups(groups: int) -> range:
-    """Those mix groups of a batch that this process takes."""
+    """The mix groups of a batch that this process takes, of ``groups`` in all."""
     share = groups // world()
     return range(rank() * share, (rank() + 1) * share)
 
@@ -62,24 +62,24 @@ def any_rank(*flags: bool) -> list[bool]:
     """For each flag, whether it is true in any process. Every process calls it. Goes through the host: a device is not waited for."""
     if world() == 1:
         return list(flags)
-    found: list[bool] = gather_ranks(torch.tensor([flags])).any(dim=0).tolist()
-    return found
+    in_any: list[bool] = gather_ranks(torch.tensor([flags])).any(dim=0).tolist()
+    return in_any
 
 
 def from_rank_zero(flags: list[bool]) -> list[bool]:
-    """What rank 0 says. Every process calls it, with equally many flags."""
+    """The flags of rank 0. Every process calls it, with equally many flags."""
     if world() == 1 or not flags:
         return flags
-    found: list[bool] = gather_ranks(torch.tensor([flags]))[0].tolist()
-    return found
+    first: list[bool] = gather_ranks(torch.tensor([flags]))[0].tolist()
+    return first
 
 
 def wait_for_all() -> None:
-    """Until every process has come here."""
+    """Wait until every process has come here."""
     any_rank(False)
 
 
 def say(text: str) -> None:
-    """Print it once, however many processes train."""
+    """Print a line once, however many processes train."""
     if rank() == 0:
         print(text, flush=True)

@@ -44,7 +44,7 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], cores: i
                 "had saved is kept: run the same again, with OMP_NUM_THREADS set to a smaller number for fewer processes"
             ) from error
         if asked_to_stop():
-            raise next((found for found in done if isinstance(found, Stopped)), Stopped("stopped between two runs"))
+            raise next((result for result in done if isinstance(result, Stopped)), Stopped("stopped between two runs"))
     return done
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from kdlib.parallel.signals import watched
 from kdlib.parallel.ranks import gather_items, rank, world
+from kdlib.parallel.signals import watched
 from projects.detection.coco import Instances, loaded
 
 KINDS = {"box": "bbox", "mask": "segm"}  # ours: pycocotools'

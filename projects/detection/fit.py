@@ -12,9 +12,8 @@ from tqdm.auto import tqdm
 from kdlib.engine import checkpoint
 from kdlib.engine.batchnorm import RunningStatistics
 from kdlib.errors import refuse
-from kdlib.parallel.signals import watched
 from kdlib.parallel.ranks import any_rank, mean_over_ranks, rank, say, world
-from kdlib.parallel.signals import Stopped, asked_to_stop, held_back
+from kdlib.parallel.signals import Stopped, asked_to_stop, held_back, watched
 from kdlib.seed import seed_torch
 from projects.detection.coco import Groups, View, Views, loaded
 from projects.detection.optimizer import learning_rate, optimizer
