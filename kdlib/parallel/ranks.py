@@ -1,13 +1,9 @@
 """Communication between the processes of a distributed training. Alone, a process is rank 0 of 1 and talks to itself."""
 
-from typing import TypeVar
-
 import torch
 import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
-
-Item = TypeVar("Item")
 
 
 def world() -> int:
@@ -36,15 +32,6 @@ def gather_ranks(values: Shaped[Tensor, "here ..."]) -> Shaped[Tensor, "everywhe
     everywhere = values.new_empty((world() * len(values), *values.shape[1:]))
     dist.all_gather_into_tensor(everywhere, values.detach().contiguous())
     return everywhere
-
-
-def gather_items(items: list[Item]) -> list[Item]:
-    """The items of all processes, in the order of their ranks; any number of what can be pickled. Every process calls it."""
-    if world() == 1:
-        return items
-    everywhere: list[list[Item]] = [[] for _ in range(world())]
-    dist.all_gather_object(everywhere, items)
-    return [item for here in everywhere for item in here]
 
 
 def mean_over_ranks(tensors: list[Tensor]) -> None:

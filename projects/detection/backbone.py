@@ -24,7 +24,10 @@ CHANNELS = 256  # of the pyramid (Lin et al., "Feature pyramid networks", CVPR 2
 
 
 class Backbone(nn.Module):
-    """Normalised images to the maps of a pyramid, by the names that torchvision's detectors know: "0" to "3", and "pool" at stride 64."""
+    """A classifier's stages and a feature pyramid on them.
+
+    From normalised images to maps, named as torchvision's detectors expect: "0" to "3", and "pool" at stride 64.
+    """
 
     def __init__(self, net: nn.Module, indices: tuple[int, ...], widths: tuple[int, ...], output_norms: bool) -> None:
         super().__init__()
@@ -35,12 +38,12 @@ class Backbone(nn.Module):
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> dict[str, Tensor]:
         net: Any = self.net
         maps = net.forward_intermediates(images, indices=self._indices, output_fmt="NCHW", intermediates_only=True)
-        named = {str(i): norm(one) for i, (norm, one) in enumerate(zip(self.norms, maps, strict=True))}
-        found: dict[str, Tensor] = self.pyramid(named)
-        return found
+        named = {str(i): norm(stage_map) for i, (norm, stage_map) in enumerate(zip(self.norms, maps, strict=True))}
+        pyramid: dict[str, Tensor] = self.pyramid(named)
+        return pyramid
 
     def train(self, mode: bool = True) -> "Backbone":
-        """BatchNorm whose weights are frozen keeps its statistics too."""
+        """Switch the mode, but leave BatchNorm whose weights are frozen in evaluation: it keeps its statistics too."""
         super().train(mode)
         for layer in self.modules():
             if isinstance(layer, _BatchNorm) and layer.weight is not None and not layer.weight.requires_grad:
@@ -49,11 +52,11 @@ class Backbone(nn.Module):
 
 
 def build(key: str, run: Run, recipe: Recipe, root: Path) -> Backbone:
-    """The backbone of a run, its first stages frozen.
+    """Build the backbone of a run, its first stages frozen.
 
     Raises ``Refused`` about ``key``.model for a model without such maps, about ``key``.weights for a file that is not of this model.
     """
-    net, indices, widths = _net(f"{key}.model", run.model, recipe.drop_path)
+    net, indices, widths = _create(f"{key}.model", run.model, recipe.drop_path)
     if run.weights is not None:
         load(f"{key}.weights", root / Path(run.weights).expanduser(), net, run.model)
     net.prune_intermediate_layers(list(indices))
@@ -97,15 +100,16 @@ def layers_of(net: Any) -> dict[str, int]:
     return {name: layer for layer, names in groups.items() for name in names}
 
 
-def _net(key: str, model: str, drop_path: float) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:
-    """The model, and where its maps are found, with their channels."""
+def _create(key: str, model: str, drop_path: float) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:
+    """Create the timm model; returns it with the indices and the channels of its maps. Raises ``Refused``."""
     if not timm.is_model(model):
         raise refuse(key, model, "a model that timm knows", "see timm.list_models()")
-    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}  # not every family knows it
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}  # not every family takes it
     net: Any = timm.create_model(model, **options)
     indices = stage_indices(net)
     info = [net.feature_info[i] for i in indices] if indices else []
-    if tuple(one["reduction"] for one in info) != STRIDES or not hasattr(net, "prune_intermediate_layers"):
-        found = f"{model} with maps at strides {[one['reduction'] for one in info]}"
-        raise refuse(key, found, f"a model with maps at strides {list(STRIDES)}", "choose another, resnet50 or convnextv2_tiny for example")
-    return net, indices, tuple(one["num_chs"] for one in info)
+    strides = [stage["reduction"] for stage in info]
+    if strides != list(STRIDES) or not hasattr(net, "prune_intermediate_layers"):
+        do = "choose another, resnet50 or convnextv2_tiny for example"
+        raise refuse(key, f"{model} with maps at strides {strides}", f"a model with maps at strides {list(STRIDES)}", do)
+    return net, indices, tuple(stage["num_chs"] for stage in info)

@@ -5,7 +5,7 @@ heads and averaging of scores as results/published/coco_recipes.csv and ConvNeXt
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,11 @@ Boxes = Float[Tensor, "_ 4"]  # corners in pixels; images of a list have differe
 
 
 class Strictness(NamedTuple):
-    """Of one head."""
+    """How strict one head is."""
 
     iou: float  # with an object, from which on a box counts as one
     weight: float  # of its losses
-    box_weights: tuple[float, float, float, float]  # one over the standard deviations that its answers are scaled with
+    box_weights: tuple[float, float, float, float]  # one over the standard deviations that its offsets are scaled with
 
 
 STAGES = (
@@ -42,7 +42,7 @@ STAGES = (
 
 
 class BoxHead(nn.Module):
-    """Maps of boxes to logits of the classes, and to one refinement of the box for all classes."""
+    """From the maps of boxes to the classes' logits and to one refinement of the box for all classes."""
 
     def __init__(self, channels: int, classes: int, side: int) -> None:
         super().__init__()
@@ -50,8 +50,8 @@ class BoxHead(nn.Module):
         self.logits, self.offsets = nn.Linear(WIDTH, classes), nn.Linear(WIDTH, 4)
 
     def forward(self, maps: Float[Tensor, "boxes channels side side"]) -> tuple[Float[Tensor, "boxes classes"], Boxes]:
-        found = self.trunk(maps)
-        return self.logits(found), self.offsets(found)
+        embedding = self.trunk(maps)
+        return self.logits(embedding), self.offsets(embedding)
 
 
 class Sampled(NamedTuple):
@@ -64,7 +64,7 @@ class Sampled(NamedTuple):
 
 
 class CascadeHeads(RoIHeads):  # type: ignore[misc] # torchvision has no types
-    """In the place of torchvision's heads of a Mask R-CNN, whose pools, sampler and thresholds it takes."""
+    """The heads of a cascade, in the place of those of torchvision's Mask R-CNN: their pools, sampler and thresholds stay."""
 
     def __init__(self, plain: RoIHeads, channels: int, classes: int) -> None:
         super().__init__(
@@ -97,75 +97,76 @@ class CascadeHeads(RoIHeads):  # type: ignore[misc] # torchvision has no types
             sampled = self._sample(number, proposals, targets)
             logits, offsets = self.box_head[number](self.box_roi_pool(features, sampled.boxes, image_shapes))
             refined = self._refine(number, offsets, sampled.boxes)
-            found = {
+            terms = {
                 "classifier": F.cross_entropy(logits, torch.cat(sampled.labels)),
                 "box": self._box_loss(refined, sampled, targets),
                 "mask": self._mask_loss(number, features, image_shapes, sampled, targets),
             }
-            losses |= {f"loss_{name}_{number + 1}": stage.weight * loss for name, loss in found.items()}
-            parts = zip(refined, sampled.proposed, image_shapes, strict=True)
-            proposals = [_within(boxes.detach()[kept], shape) for boxes, kept, shape in parts]
+            losses |= {f"loss_{name}_{number + 1}": stage.weight * loss for name, loss in terms.items()}
+            by_image = zip(refined, sampled.proposed, image_shapes, strict=True)
+            proposals = [_clip(boxes.detach()[proposed], shape) for boxes, proposed, shape in by_image]
         return losses
 
     def _sample(self, number: int, proposals: list[Boxes], targets: list[Target]) -> Sampled:
-        """Proposals and the objects' own boxes, a quarter of them on objects if there are as many."""
+        """Sample from the proposals and the objects' own boxes: a quarter of the sample lies on objects, if there are as many."""
         self.proposal_matcher = self.matchers[number]
         objects = [target["boxes"].to(proposals[0].dtype) for target in targets]
         boxes = self.add_gt_proposals(proposals, objects)
         matched, labels = self.assign_targets_to_proposals(boxes, objects, [target["labels"] for target in targets])
         chosen = self.subsample(labels)
         return Sampled(
-            [one[kept] for one, kept in zip(boxes, chosen, strict=True)],
-            [one[kept] for one, kept in zip(labels, chosen, strict=True)],
-            [one[kept] for one, kept in zip(matched, chosen, strict=True)],
-            [kept < len(one) for one, kept in zip(proposals, chosen, strict=True)],
+            [of_image[index] for of_image, index in zip(boxes, chosen, strict=True)],
+            [of_image[index] for of_image, index in zip(labels, chosen, strict=True)],
+            [of_image[index] for of_image, index in zip(matched, chosen, strict=True)],
+            [index < len(of_image) for of_image, index in zip(proposals, chosen, strict=True)],
         )
 
     def _refine(self, number: int, offsets: Boxes, boxes: Sequence[Boxes]) -> list[Boxes]:
-        """The boxes moved by a head's answers, in fp32: half precision knows no 1,333 pixels and a fraction."""
+        """Move the boxes by a head's offsets, in fp32: half precision cannot hold 1,333 pixels and a fraction."""
         moved: Boxes = self.coders[number].decode_single(offsets.float(), torch.cat(list(boxes)))
-        return list(moved.split([len(one) for one in boxes]))
+        return list(moved.split([len(of_image) for of_image in boxes]))
 
     def _box_loss(self, refined: list[Boxes], sampled: Sampled, targets: list[Target]) -> Float[Tensor, ""]:
-        """1 - generalised IoU of the boxes on objects with these, summed, over the number of all sampled boxes."""
+        """1 - generalised IoU of the boxes that lie on objects with those objects, summed, over the number of all sampled boxes."""
         on_object = [labels > 0 for labels in sampled.labels]
-        theirs = [target["boxes"][which[on]] for target, which, on in zip(targets, sampled.objects, on_object, strict=True)]
-        ours = [boxes[on] for boxes, on in zip(refined, on_object, strict=True)]
-        loss: Tensor = generalized_box_iou_loss(torch.cat(ours), torch.cat(theirs), reduction="sum")
+        expected = [target["boxes"][matched[on]] for target, matched, on in zip(targets, sampled.objects, on_object, strict=True)]
+        boxes = [of_image[on] for of_image, on in zip(refined, on_object, strict=True)]
+        loss: Tensor = generalized_box_iou_loss(torch.cat(boxes), torch.cat(expected), reduction="sum")
         return GIOU_WEIGHT * loss / sum(map(len, refined))
 
     def _mask_loss(
         self, number: int, features: dict[str, Tensor], image_shapes: list[tuple[int, int]], sampled: Sampled, targets: list[Target]
     ) -> Float[Tensor, ""]:
         on_object = [labels > 0 for labels in sampled.labels]
-        boxes = [one[on] for one, on in zip(sampled.boxes, on_object, strict=True)]
-        which = [one[on] for one, on in zip(sampled.objects, on_object, strict=True)]
+        boxes = [of_image[on] for of_image, on in zip(sampled.boxes, on_object, strict=True)]
+        matched = [of_image[on] for of_image, on in zip(sampled.objects, on_object, strict=True)]
+        masks, labels = [target["masks"] for target in targets], [target["labels"] for target in targets]
         logits = self.mask_predictor[number](self.mask_head[number](self.mask_roi_pool(features, boxes, image_shapes)))
-        loss: Tensor = maskrcnn_loss(logits, boxes, [one["masks"] for one in targets], [one["labels"] for one in targets], which)
+        loss: Tensor = maskrcnn_loss(logits, boxes, masks, labels, matched)
         return loss
 
     def _detect(self, features: dict[str, Tensor], proposals: list[Boxes], image_shapes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Boxes by the last head, scores by the mean of all heads' logits, masks by the mean of all heads' probabilities."""
+        """Detect objects: boxes by the last head, scores by the mean of all heads' logits, masks by the mean of their probabilities."""
         votes = []
         for number in range(len(STAGES)):
             logits, offsets = self.box_head[number](self.box_roi_pool(features, proposals, image_shapes))
             votes.append(logits.float())
             if number < len(STAGES) - 1:
-                refined = self._refine(number, offsets, proposals)  # of one that left the image a line is left: all heads vote on it
+                refined = self._refine(number, offsets, proposals)  # a box that left the image becomes a line: all heads vote on it
                 proposals = [clip_boxes_to_image(boxes, shape) for boxes, shape in zip(refined, image_shapes, strict=True)]
         mean = torch.stack(votes).mean(dim=0)
-        self.box_coder = self.coders[-1]  # torchvision's way to the detections wants a box for each class
-        each = offsets.float().repeat(1, mean.shape[1])
-        boxes, scores, labels = self.postprocess_detections(mean, each, proposals, image_shapes)
+        self.box_coder = self.coders[-1]
+        by_class = offsets.float().repeat(1, mean.shape[1])  # torchvision's way to the detections wants a box for each class
+        boxes, scores, labels = self.postprocess_detections(mean, by_class, proposals, image_shapes)
         maps = self.mask_roi_pool(features, boxes, image_shapes)
         heads = zip(self.mask_head, self.mask_predictor, strict=True)
         masks = [maskrcnn_inference(predictor(head(maps)), labels) for head, predictor in heads]
         means = [torch.stack(of_image).mean(dim=0) for of_image in zip(*masks, strict=True)]
-        parts: Any = zip(boxes, scores, labels, means, strict=True)
-        return [{"boxes": one, "scores": score, "labels": label, "masks": mask} for one, score, label, mask in parts]
+        names = ("boxes", "scores", "labels", "masks")
+        return [dict(zip(names, of_image, strict=True)) for of_image in zip(boxes, scores, labels, means, strict=True)]
 
 
-def _within(boxes: Boxes, shape: tuple[int, int]) -> Boxes:
-    """Clipped to the image; what is left of a box that lies outside would be a line, and is left out."""
+def _clip(boxes: Boxes, shape: tuple[int, int]) -> Boxes:
+    """Clip boxes to the image, without those outside of it, of which no more than a line would be left."""
     clipped: Boxes = clip_boxes_to_image(boxes, shape)
     return clipped[remove_small_boxes(clipped, min_size=1e-2)]

@@ -1,4 +1,4 @@
-"""A detector by torchvision on a backbone of ours."""
+"""Torchvision's Mask R-CNN, plain or with the heads of a cascade, on a distilled backbone."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ DETECTIONS = 100  # that are kept; COCO counts no more
 
 
 def build(key: str, run: Run, recipe: Recipe, root: Path, categories: int) -> nn.Module:
-    """The detector of a run: a list of images in [0, 1] of any size, and in training their targets, go in.
+    """Build the detector of a run; its input is a list of images in [0, 1], of any size, and in training their targets.
 
     Raises ``Refused`` about keys below ``key``, as ``backbone.build``.
     """
@@ -38,5 +38,4 @@ def build(key: str, run: Run, recipe: Recipe, root: Path, categories: int) -> nn
     )
     if recipe.detector == "cascade_mask_rcnn":
         detector.roi_heads = CascadeHeads(detector.roi_heads, trunk.out_channels, categories + 1)
-    made: nn.Module = detector
-    return made
+    return detector  # type: ignore[no-any-return] # torchvision has no types

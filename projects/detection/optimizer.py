@@ -1,4 +1,4 @@
-"""Which parameter learns how fast, and when."""
+"""The optimiser of a detector: which parameter learns how fast, and when."""
 
 import re
 from collections import defaultdict
@@ -21,15 +21,15 @@ def layer_of(name: str, layers: int) -> int:
     """
     if name.startswith("backbone.net.stem"):
         return 0
-    found = _STAGE.match(name)
-    if not found:
+    match = _STAGE.match(name)
+    if not match:
         return layers + 1
-    stage, block = int(found[1]), int(found[2] or 0)
+    stage, block = int(match[1]), int(match[2] or 0)
     return stage + 1 if stage < 2 else 3 + block // BLOCKS if stage == 2 else layers
 
 
 def parameter_groups(detector: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """For torch's optimisers; ``scale`` is what the learning rate of a group is multiplied with."""
+    """Parameter groups for torch's optimisers; ``scale`` is what the learning rate of a group is multiplied with."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in detector.named_parameters():
         if parameter.requires_grad:
@@ -37,7 +37,7 @@ def parameter_groups(detector: nn.Module, recipe: Recipe) -> list[dict[str, Any]
             scale = recipe.layer_decay ** (layers + 1 - layer_of(name, layers)) if recipe.layer_decay < 1 else 1.0
             decays = recipe.decay_all or parameter.ndim > 1
             groups[scale, recipe.weight_decay if decays else 0.0].append(parameter)
-    return [{"params": found, "scale": scale, "weight_decay": decay} for (scale, decay), found in groups.items()]
+    return [{"params": parameters, "scale": scale, "weight_decay": decay} for (scale, decay), parameters in groups.items()]
 
 
 def optimizer(detector: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -47,9 +47,9 @@ def optimizer(detector: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999))
 
 
-def learning_rate(recipe: Recipe, step: int, per_epoch: int) -> float:
-    """Of step ``step``, from 0: a tenth after each of ``recipe.steps`` epochs, times a warm-up that is linear in steps."""
-    rate = recipe.learning_rate * 0.1 ** sum(step >= epoch * per_epoch for epoch in recipe.steps)
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step, from 0: a tenth after each of ``recipe.steps`` epochs, times a warm-up that is linear in steps."""
+    rate = recipe.learning_rate * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in recipe.steps)
     if step >= recipe.warmup_steps:
         return rate
     return rate * (recipe.warmup_start + (1 - recipe.warmup_start) * step / recipe.warmup_steps)

@@ -1,4 +1,4 @@
-"""params.yaml of a study of detection -> frozen, typed objects."""
+"""params.yaml of this project as frozen, typed objects."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from kdlib.study.training.checks import check_machines
 
 class General(Section):
     checkpoint_seconds: NonNegative
-    workers: Annotated[int, Field(ge=0)]  # processes that decode images, for each GPU; 0: the one that trains does
+    workers: Annotated[int, Field(ge=0)]  # processes that decode images, for each GPU; with 0 the one that trains decodes
     launch: Launch
 
 
@@ -57,7 +57,7 @@ class Recipe(Section):
 
     @property
     def groups(self) -> int:
-        """Of a batch."""
+        """Number of groups in a batch."""
         return self.batch_size // self.group_size
 
 
@@ -69,7 +69,7 @@ class Run(Section):
     seed: Seed
 
 
-class Detection(Section):
+class Params(Section):
     """All of params.yaml."""
 
     study: General
@@ -78,8 +78,8 @@ class Detection(Section):
     runs: Annotated[dict[str, Run], Field(min_length=1)]
 
 
-PARTS: dict[str, type[Section]] = {
-    "": Detection,
+SECTIONS: dict[str, type[Section]] = {
+    "": Params,
     "study": General,
     "study.launch": Launch,
     "coco": Coco,
@@ -88,26 +88,26 @@ PARTS: dict[str, type[Section]] = {
 }
 
 
-def load(root: Path) -> Detection:
-    """The checked study of ``root/params.yaml``. Raises ``Refused`` with one line for the first thing that is wrong."""
+def load(root: Path) -> Params:
+    """Read and check ``root/params.yaml``. Raises ``Refused`` with one line for the first thing that is wrong."""
     return parse(config.read(root))
 
 
-def parse(content: dict[Any, Any]) -> Detection:
+def parse(content: dict[Any, Any]) -> Params:
     """Check types, ranges, names, and what depends on each other. Raises ``Refused``."""
-    study = config.check(Detection, content, PARTS)
-    check_machines(study.study.launch)
-    if study.study.launch.nodes > 1:
-        raise refuse("study.launch.nodes", study.study.launch.nodes, "1", "a detector trains on the GPUs of one machine")
-    for name, run in study.runs.items():
-        known(f"runs.{name}.recipe", run.recipe, study.recipes)
-    for name, recipe in study.recipes.items():
-        _check(f"recipes.{name}", recipe, study.study.launch)
-    return study
+    params = config.check(Params, content, SECTIONS)
+    launch = params.study.launch
+    check_machines(launch)
+    if launch.nodes > 1:
+        raise refuse("study.launch.nodes", launch.nodes, "1", "a detector trains on the GPUs of one machine")
+    for name, run in params.runs.items():
+        known(f"runs.{name}.recipe", run.recipe, params.recipes)
+    for name, recipe in params.recipes.items():
+        _check_recipe(f"recipes.{name}", recipe, launch.processes)
+    return params
 
 
-def _check(key: str, recipe: Recipe, launch: Launch) -> None:
-    processes = launch.processes * launch.nodes
+def _check_recipe(key: str, recipe: Recipe, processes: int) -> None:
     if recipe.batch_size % recipe.group_size or recipe.groups % processes:
         allowed = f"a size whose groups make up batches of {recipe.batch_size} and can be shared out to {processes} processes"
         raise refuse(f"{key}.group_size", recipe.group_size, allowed, "change it, batch_size or study.launch")

@@ -10,7 +10,7 @@ from kdlib.files import read_json
 from kdlib.study.report import published
 from kdlib.study.report.render import Table, markdown, number, records
 from kdlib.study.report.render import write as write_table
-from projects.detection.settings import Detection, Run
+from projects.detection.settings import Params, Run
 
 MEASURES = ("box_ap", "mask_ap")
 TITLE = "What does a distilled backbone bring to object detection?"
@@ -25,42 +25,42 @@ DIFFERENCES = (
 
 
 def check(root: Path) -> None:
-    """Raises ``Refused`` where no published numbers are at hand."""
+    """Raise ``Refused`` where no published numbers are at hand."""
     try:
         published.read(root)
     except FileNotFoundError as error:
-        do = "put the folder of the study into the project, or copy the file beside it"
-        raise Refused(f"STUDY: found {root}, which has no {published.FILE} at or above it; allowed: a folder that has; {do}") from error
+        do = "put the folder into this repository, or copy the file beside it"
+        raise Refused(f"--folder: found {root}, which has no {published.FILE} at or above it; allowed: a folder that has; {do}") from error
 
 
-def compare(root: Path, study: Detection, runs: Path) -> Table:
-    """A row for each published detector and each run that says that it is to be compared with it; blank where nothing was measured."""
-    told = published.read(root)
-    told = told[told["table"] == "table11_coco"].assign(published=lambda rows: rows["value"] / 100)
-    places = ["student", "recipe", "metric"]
-    ours = pd.DataFrame([row for name, run in study.runs.items() for row in _of_run(root / runs / name, run, study)]).astype(
-        {"measured": "float64"}
-    )
-    frame = told[[*places, "epochs", "published"]].merge(ours, on=places, how="outer", sort=False)
+def compare(root: Path, params: Params, runs: Path) -> Table:
+    """Tabulate each published detector beside the runs that name it in ``beside``; blank where nothing was measured."""
+    theirs = published.read(root)
+    theirs = theirs[theirs["table"] == "table11_coco"].assign(published=lambda rows: rows["value"] / 100)
+    keys = ["student", "recipe", "metric"]
+    rows = [row for name, run in params.runs.items() for row in _measured(root / runs / name, run, params)]
+    ours = pd.DataFrame(rows).astype({"measured": "float64"})
+    frame = theirs[[*keys, "epochs", "published"]].merge(ours, on=keys, how="outer", sort=False)
     frame = frame.assign(difference=frame["measured"] - frame["published"])
     columns = ["student", "recipe", "epochs", "run", "settings", "metric", "published", "measured", "difference"]
     frame = frame[columns].fillna({"run": "", "settings": ""}).sort_values(["student", "recipe", "run"], kind="stable", ignore_index=True)
     return Table("table11_coco", TITLE, _caption(frame), frame, _shown(frame))
 
 
-def _of_run(folder: Path, run: Run, study: Detection) -> list[dict[str, object]]:
+def _measured(folder: Path, run: Run, params: Params) -> list[dict[str, object]]:
+    """The rows of a run, one per measure; NaN where it was not measured."""
     file = folder / "metrics.json"
     metrics = read_json(file) if file.is_file() else {}
-    place = {"student": run.model.partition(".")[0], "recipe": run.beside, "run": folder.name}
-    place["settings"] = study.recipes[run.recipe].settings
-    return [{**place, "metric": name, "measured": metrics.get(name, math.nan)} for name in MEASURES]
+    row = {"student": run.model.partition(".")[0], "recipe": run.beside, "run": folder.name}
+    row["settings"] = params.recipes[run.recipe].settings
+    return [{**row, "metric": name, "measured": metrics.get(name, math.nan)} for name in MEASURES]
 
 
-def write(root: Path, study: Detection, runs: Path) -> str:
-    """results/tables/table11_coco.md, .csv and .tex below the study; returns what a person reads."""
-    made = compare(root, study, runs)
-    write_table(made, root / "results" / "tables")
-    return markdown(made)
+def write(root: Path, params: Params, runs: Path) -> str:
+    """Write results/tables/table11_coco.md, .csv and .tex below ``root``; returns the Markdown."""
+    table = compare(root, params, runs)
+    write_table(table, root / "results" / "tables")
+    return markdown(table)
 
 
 def _shown(frame: pd.DataFrame) -> pd.DataFrame:
@@ -77,5 +77,5 @@ def _shown(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _caption(frame: pd.DataFrame) -> str:
     assumed = sorted(set(frame.loc[frame["settings"] == "assumed", "run"]))
-    said = f"Assumed settings, so no difference is given: {', '.join(assumed)}. " if assumed else ""
-    return f"Average precision in percent, mean over IoU .50 to .95, on the validation images; one seed, no interval. {said}{DIFFERENCES}"
+    note = f"Assumed settings, so no difference is given: {', '.join(assumed)}. " if assumed else ""
+    return f"Average precision in percent, mean over IoU .50 to .95, on the validation images; one seed, no interval. {note}{DIFFERENCES}"

@@ -1,4 +1,4 @@
-"""A small data set in COCO's format, and a study of detection of seconds on it."""
+"""A small data set in COCO's format, a study of seconds on it, and the parts of that study."""
 
 import copy
 import json
@@ -10,8 +10,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from ruamel.yaml import YAML
+from torch import nn
 
-from projects.detection import backbone, model
+from kdlib.seed import seed_torch
+from projects.detection import backbone, coco, model
+from projects.detection.settings import Recipe, Run
 
 CATEGORIES = {3: "rectangle", 7: "ellipse"}  # with gaps, as COCO's 80 have
 NET = "test_convnext"
@@ -24,7 +27,7 @@ RECIPE: dict[str, Any] = {
 
 
 def shrink(set_value: Callable[[object, str, object], object]) -> None:
-    """Detectors of a hundredth of the work; ``set_value`` is setattr, or a monkeypatch's."""
+    """Make detectors that take a hundredth of the work; ``set_value`` is setattr, or a monkeypatch's."""
     set_value(backbone, "CHANNELS", 16)
     set_value(model, "PROPOSALS", dict.fromkeys(model.PROPOSALS, 50))
     set_value(model, "SAMPLES", 16)
@@ -32,14 +35,14 @@ def shrink(set_value: Callable[[object, str, object], object]) -> None:
 
 
 def write(root: Path, **changes: Any) -> Path:
-    """Images, annotations and params.yaml of a study with one run, ``small``; ``changes`` replace keys of its recipe. Returns ``root``."""
+    """Write images, annotations and params.yaml with one run, ``small``; ``changes`` replace keys of its recipe. Returns ``root``."""
     for split, (count, seed) in {"train": (8, 0), "val": (3, 1)}.items():
         (root / split).mkdir(parents=True, exist_ok=True)
         (root / f"{split}.json").write_text(json.dumps(instances(root / split, count, seed)))
-    coco = {f"{split}_{what}": f"{split}{end}" for split in ("train", "val") for what, end in (("images", ""), ("annotations", ".json"))}
+    paths = {f"{split}_{what}": f"{split}{end}" for split in ("train", "val") for what, end in (("images", ""), ("annotations", ".json"))}
     content = {
         "study": {"checkpoint_seconds": 1e6, "workers": 0, "launch": {"processes": 1, "nodes": 1, "rendezvous": None}},
-        "coco": coco,
+        "coco": paths,
         "recipes": {"tiny": copy.deepcopy(RECIPE) | changes},
         "runs": {"small": {"model": NET, "weights": None, "recipe": "tiny", "beside": "mask_rcnn_1x", "seed": 0}},
     }
@@ -47,10 +50,30 @@ def write(root: Path, **changes: Any) -> Path:
 
 
 def save(root: Path, content: dict[str, Any]) -> Path:
-    """params.yaml."""
+    """Write params.yaml; returns ``root``."""
     with (root / "params.yaml").open("w") as file:
         YAML(typ="safe").dump(content, file)
     return root
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe.model_validate(RECIPE | changes)
+
+
+def planned(model: str = NET, weights: str | None = None) -> Run:
+    """A run as params.yaml describes it."""
+    return Run(model=model, weights=weights, recipe="tiny", beside="", seed=0)
+
+
+def detector(root: Path, **changes: Any) -> nn.Module:
+    """An untrained detector; ``changes`` replace its backbone (``model``) and keys of its recipe."""
+    seed_torch(0, "init")
+    return model.build("runs.small", planned(changes.pop("model", NET)), recipe(**changes), root, len(CATEGORIES))
+
+
+def split(root: Path, name: str) -> coco.Instances:
+    """``train`` or ``val``."""
+    return coco.read(f"coco.{name}", root / name, root / f"{name}.json")
 
 
 def instances(folder: Path, count: int, seed: int) -> dict[str, Any]:
@@ -58,7 +81,8 @@ def instances(folder: Path, count: int, seed: int) -> dict[str, Any]:
     lengths; in the first image a crowd, which nobody learns.
     """
     draws = np.random.default_rng(seed)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number in range(count):
         width, height = (int(side) for side in draws.integers(64, 97, 2))
         name, picture = f"{number:03}.png", Image.fromarray(draws.integers(0, 60, (height, width, 3), np.uint8))
