@@ -32,6 +32,7 @@ from kdlib.losses.base import Method
 from kdlib.models.build import Classifier, build
 from kdlib.parallel.ranks import gather_ranks, rank, say, wait_for_all, world
 from kdlib.seed import seed_torch
+from kdlib.types import Setup
 from kdlib.views.stream import ViewStream
 
 Images = UInt8[np.ndarray, "samples height width channels"] | UInt8[Tensor, "samples height width channels"]
@@ -141,7 +142,7 @@ def new_learner(setting: Setting, name: str, make: Callable[[], Method], steps: 
     student = build(setting.student, data.classes, data.channels, setting.size, setting.recipe.drop_path).to(setting.device)
     method = make()
     labels = torch.from_numpy(np.asarray(data.train.labels[setting.index], np.int64))
-    method.adapt(student.shape, (setting.teacher or student).shape, labels)
+    method.adapt(Setup(student.shape, (setting.teacher or student).shape, labels))
     return Learner(name, student, method.to(setting.device), setting.recipe, total_steps=steps, seed=setting.seed, compute=compute)
 
 
