@@ -11,11 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kdlib.models import (
-    cifar,
-    features,
-    resnet_small,  # importing the nets registers them with timm
-)
+from kdlib.errors import some
+from kdlib.models import NAMES, features
 from kdlib.types import Asks, Feature, Images, Output, OutputShape
 
 _UNFIT = (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError)  # what models raise for a size that is not theirs
@@ -53,9 +50,7 @@ def build(name: str, classes: int, channels: int, size: int, drop_path: float = 
     cannot take.
     """
     if not timm.is_model(name):
-        raise ValueError(
-            f"found {name!r}; allowed: a timm model or one of {', '.join((*resnet_small.NAMES, *cifar.NAMES))}; {_closest(name)}"
-        )
+        raise ValueError(f"found {name!r}; allowed: a timm model or one of {some(NAMES)}; {_closest(name)}")
     options: dict[str, Any] = {"num_classes": classes, "in_chans": channels}
     if drop_path:
         options["drop_path_rate"] = drop_path  # not every family knows it
@@ -100,6 +95,6 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
 
 
 def _closest(name: str) -> str:
-    pool = resnet_small.NAMES if name.startswith("kd_") else timm.list_models()
+    pool = NAMES if name.startswith("kd_") else timm.list_models()
     close = difflib.get_close_matches(name, pool, n=1, cutoff=0.4)
     return f"did you mean {close[0]!r}?" if close else "see timm.list_models()"
