@@ -1,8 +1,7 @@
 """Any timm model (our own nets are registered there) as a model that takes un-normalised images of a data set."""
 
 import difflib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -59,12 +58,16 @@ def build(name: str, classes: int, channels: int, size: int, drop_path: float = 
     least = (cfg.get("min_input_size") or (0,))[-1]
     if size < least:
         raise ValueError(f"found {name!r} with images of {size} px; allowed: at least {least} px; choose another model or a larger size")
-    with _refused_for_size(name, size):
+    try:
         if cfg.get("fixed_input_size", False) and cfg["input_size"][-1] != size:
             net = timm.create_model(name, **options, img_size=size)
         # one forward pass: the only honest test of an image size, and cheap beside a training run
         net = net.to(memory_format=torch.channels_last)
         return Classifier(net, _per_channel(cfg["mean"], channels), _per_channel(cfg["std"], channels), size)
+    except _UNFIT as error:
+        reason = " ".join(str(error).split())[:160]
+        do = "choose another model or size"
+        raise ValueError(f"found {name!r} with images of {size} px; allowed: a classifier of such images; {do} ({reason})") from error
 
 
 def _create(name: str, options: dict[str, Any]) -> nn.Module:
@@ -76,17 +79,6 @@ def _create(name: str, options: dict[str, Any]) -> nn.Module:
     except RuntimeError as error:  # what follows the "." in a name: weights that nobody has trained
         raise ValueError(f"found {name!r}; allowed: a timm model; {_closest(name)} ({error})") from error
     return net
-
-
-@contextmanager
-def _refused_for_size(name: str, size: int) -> Iterator[None]:
-    """What a model raises when it is made for, or given, images of a size that it cannot take, as a refusal."""
-    try:
-        yield
-    except _UNFIT as error:
-        reason = " ".join(str(error).split())[:160]
-        do = "choose another model or size"
-        raise ValueError(f"found {name!r} with images of {size} px; allowed: a classifier of such images; {do} ({reason})") from error
 
 
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:

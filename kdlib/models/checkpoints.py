@@ -152,7 +152,8 @@ def unwrap(content: object, averaged: bool = True) -> tuple[State, str]:
         taken.append(name)
         content = content[name]
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"it holds no weights but {_what(content)}")
+        what = "nothing" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise ValueError(f"it holds no weights but {what}")
     state = {name: value for name, value in clean_state_dict(dict(content)).items() if name != _COUNTER}
     odd = [f"{name}: {type(value).__name__}" for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
@@ -217,12 +218,6 @@ def _code(path: Path) -> list[str]:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:
         return []
-
-
-def _what(content: object) -> str:
-    if isinstance(content, Mapping):
-        return "nothing"
-    return f"a {type(content).__name__}"
 
 
 def _shape(value: Tensor) -> str:
