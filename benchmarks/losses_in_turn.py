@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdlib.config.schema import Params
 from kdlib.losses import METHODS, Method
-from kdlib.types import Asks, Batch, Feature, Output, OutputShape
+from kdlib.types import Asks, Batch, Feature, Output, OutputShape, Setup
 
 WARM_UP = 2  # rounds that do not count
 AT_SCALE = {"negatives": 16384.0}  # official, for ImageNet; params.yaml has fewer for its small data sets
@@ -48,7 +48,7 @@ class Bench:
         torch.manual_seed(0)
         parameters = dict(self.study.methods[name])
         method = METHODS[name](**parameters | {key: value for key, value in AT_SCALE.items() if key in parameters})
-        method.adapt(self.shapes.student, teacher, torch.randint(self.shapes.student.classes, (images,)))
+        method.adapt(Setup(self.shapes.student, teacher, torch.randint(self.shapes.student.classes, (images,))))
         return method.to(self.device)
 
     def said(self, shape: OutputShape, size: int, asks: Asks, grad: bool) -> Output:

@@ -1,7 +1,9 @@
 """What flows between the layers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal, overload
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -48,6 +50,23 @@ class Output:
     maps: Maps | None = None  # the stages' outputs, as the next stage reads them
     preactivations: Maps | None = None  # the same before the activation that ends a stage; equal where none does
 
+    @overload
+    def need(self, feature: Literal[Feature.LOGITS, Feature.EMBEDDING]) -> Tensor: ...
+    @overload
+    def need(self, feature: Literal[Feature.MAPS, Feature.PREACTIVATIONS]) -> Maps: ...
+    def need(self, feature: Feature) -> Tensor | Maps:
+        """This part of it. Raises ValueError, as "found ...; allowed: ...; what to do", if the model did not give it."""
+        part: Tensor | Maps | None = getattr(self, feature.value)
+        if part is None:
+            do = "ask the model for it, or choose another model or method"
+            raise ValueError(f"found an answer without {feature.value}; allowed: one that has it; {do}")
+        return part
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Output":
+        """The same parts, each tensor of them changed."""
+        maps, before = (None if part is None else tuple(map(change, part)) for part in (self.maps, self.preactivations))
+        return Output(change(self.logits), None if self.embedding is None else change(self.embedding), maps, before)
+
 
 @dataclass(frozen=True)
 class OutputShape:
@@ -56,3 +75,12 @@ class OutputShape:
     classes: int
     embedding: int  # features
     maps: tuple[tuple[int, int, int], ...]  # channels, height, width of each stage; the preactivations have the same
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method is made for: what both models' answers look like, and the label of each training image."""
+
+    student: OutputShape
+    teacher: OutputShape
+    labels: Int[Tensor, " images"]

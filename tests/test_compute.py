@@ -26,7 +26,7 @@ from kdlib.errors import Refused
 from kdlib.losses import METHODS
 from kdlib.models.build import build
 from kdlib.seed import seed_torch
-from kdlib.types import Feature
+from kdlib.types import Feature, Setup
 from kdlib.views.stream import ViewStream
 from tests import training
 from tests.refusals import refused
@@ -322,7 +322,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, name: str) -> None:
     for held, kept in ((images, None), (split.images, None), (images, tmp_path), (images, tmp_path)):  # the last one reads
         stream = ViewStream(held, split.labels, among.index, classes=6, recipe=among.recipe, hflip=0.5, seed=0, device=CUDA)
         teacher, student, made = training.teacher().to(CUDA), build(training.NET, 6, 1, 8, 0.3).to(CUDA), method(name)()
-        made.adapt(student.shape, teacher.shape, torch.from_numpy(split.labels[among.index].astype("int64")))
+        made.adapt(Setup(student.shape, teacher.shape, torch.from_numpy(split.labels[among.index].astype("int64"))))
         compute = Backend(CUDA, bf16=True)
         learner = training.learner(name, student, made.to(CUDA), among.recipe, total_steps=20, seed=0, backend=compute)
         answers = TeacherCache(teacher.in_bf16(), kept, 16, 6, tolerance=1.0)

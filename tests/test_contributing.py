@@ -111,9 +111,10 @@ def test_a_student_learns_by_it(root: Path) -> None:
 
 
 def test_the_methods_notebook_shows_it(root: Path) -> None:
-    code = f"from kdlib import config, toy; print(toy.__file__, toy.card('{NAME}', config.load(config.find_root()).methods['{NAME}']))"
+    code = "from kdlib import config; from kdlib.study.display import methods; "
+    code += f"print(methods.__file__, methods.card('{NAME}', config.load(config.find_root()).methods['{NAME}']))"
     file, _, card = project.run(root, "python", "-c", code).partition(" ")
-    assert file == str(root / "kdlib" / "toy.py")
+    assert file == str(root / "kdlib" / "study" / "display" / "methods.py")
     assert card.startswith(f"## {NAME}\n\nThe teacher's pooled embedding as a hint")
     assert "| of the student | embedding |" in card
 
@@ -125,4 +126,4 @@ def test_the_tools_find_nothing_in_it(root: Path) -> None:
 
 
 def test_every_part_that_can_be_asked_for_is_explained() -> None:
-    assert set(re.findall(r"Part\.([A-Z]+)", TEXT)) == {part.name for part in Feature} - {"LOGITS"}
+    assert set(re.findall(r"Feature\.([A-Z]+)", TEXT)) == {part.name for part in Feature} - {"LOGITS"}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib.losses.crd import CRD, draw, remembered
-from kdlib.types import Batch
+from kdlib.types import Batch, Setup
 from tests.toys import (
     ALL_LABELS,
     BATCH,
@@ -92,7 +92,7 @@ def test_draws_something_else_in_each_step_and_seed_whatever_else_is_drawn() -> 
     for seed in range(5):
         torch.manual_seed(seed)
         method = CRD(hard_weight=1.0, weight=1.0, dim=2.0, negatives=4.0, temperature=0.1, momentum=0.5)
-        method.adapt(STUDENT, TEACHER, ALL_LABELS)
+        method.adapt(Setup(STUDENT, TEACHER, ALL_LABELS))
         starts.add(int(method.step))
     assert len(starts) == 5
 
@@ -115,7 +115,7 @@ def test_one_class_alone_leaves_nothing_to_tell_apart() -> None:
     """No negatives, so h = 1: a loss and gradients of 0, and a constant from the pairs alone."""
     torch.manual_seed(0)
     method = CRD(hard_weight=0.0, weight=1.0, dim=5.0, negatives=30.0, temperature=0.07, momentum=0.5)
-    method.adapt(STUDENT, TEACHER, torch.zeros(IMAGES, dtype=torch.int64))
+    method.adapt(Setup(STUDENT, TEACHER, torch.zeros(IMAGES, dtype=torch.int64)))
     student, teacher, batch = draw_case()
     case = require_grad(student), teacher, replace(batch, labels=torch.zeros_like(batch.labels))
     terms = compute(method, *case)
@@ -206,7 +206,7 @@ def test_refuses_an_index_outside_of_its_banks(outside: int) -> None:
 def test_holds_little_beside_its_banks_for_imagenet() -> None:
     """Index tables below 100 MB for 1.28 million images: their labels, whatever ``dim`` and ``negatives`` are."""
     method = CRD(hard_weight=1.0, weight=1.0, dim=1.0, negatives=16384.0, temperature=0.07, momentum=0.5)
-    method.adapt(STUDENT, TEACHER, torch.arange(1_281_167) % 1000)
+    method.adapt(Setup(STUDENT, TEACHER, torch.arange(1_281_167) % 1000))
     rest = [value for key, value in method.named_buffers() if not key.endswith("_bank")]
     assert sum(value.nbytes for value in rest) < 100e6
     assert sum(parameter.numel() for parameter in method.parameters()) < 100
@@ -240,7 +240,7 @@ def test_goes_on_from_a_checkpoint_as_if_nothing_had_happened() -> None:
         compute(interrupted, *case)
     torch.manual_seed(99)
     resumed = CRD(hard_weight=0.5, weight=1.25, dim=5.0, negatives=30.0, temperature=0.6, momentum=0.4)
-    resumed.adapt(STUDENT, TEACHER, ALL_LABELS)
+    resumed.adapt(Setup(STUDENT, TEACHER, ALL_LABELS))
     resumed.load_state_dict(interrupted.state_dict())
     assert [compute(resumed, *case) for case in cases[2:]] == terms[2:]
     assert all(torch.equal(value, method.state_dict()[key]) for key, value in resumed.state_dict().items())

@@ -35,7 +35,7 @@ from kdlib.parallel.ranks import any_rank, from_rank_zero, gather_ranks, mean_ov
 from kdlib.seed import seed_torch
 from kdlib.study.training.checks import check_launch
 from kdlib.study.training.experiment import Diverged, Experiment
-from kdlib.types import Batch
+from kdlib.types import Batch, Setup
 from kdlib.views.stream import ViewStream
 from tests import tiny, training
 from tests.training import method, setting, start
@@ -61,7 +61,7 @@ def train(names: tuple[str, ...], steps: int) -> dict[str, dict[str, Any]]:
     for name in names:
         seed_torch(0, "init")
         student, made = build(training.NET, 6, 1, 8, 0.3), method(name)()
-        made.adapt(student.shape, teacher.shape, torch.from_numpy(split.labels[among.index].astype(np.int64)))
+        made.adapt(Setup(student.shape, teacher.shape, torch.from_numpy(split.labels[among.index].astype(np.int64))))
         learners.append(training.learner(name, student.double(), made.double(), among.recipe, total_steps=steps, seed=0))
     answers = TeacherCache(teacher, None, 12, 8)
     TrainingLoop(learners, stream, answers, validate=lambda _: 0.0, save=lambda _: None, save_seconds=1e9, title="test").run()

@@ -29,7 +29,7 @@ from kdlib.losses.kd import KD
 from kdlib.losses.no_kd import NoKD
 from kdlib.models.build import build
 from kdlib.study.training.experiment import Diverged, Experiment
-from kdlib.types import Asks, Batch, Output, Terms
+from kdlib.types import Asks, Batch, Output, Setup, Terms
 from kdlib.views.stream import ViewStream
 from tests import training
 from tests.training import method, setting, trained
@@ -282,7 +282,7 @@ def asked(done: dict[str, int]) -> tuple[dict[str, list[Asks]], list[Asks]]:
     learners = []
     for name, steps in done.items():
         student, made = build(training.NET, 6, 1, 8), ALL[name]()
-        made.adapt(student.shape, among.teacher.shape, torch.from_numpy(split.labels[among.index].astype(np.int64)))
+        made.adapt(Setup(student.shape, among.teacher.shape, torch.from_numpy(split.labels[among.index].astype(np.int64))))
         student.register_forward_pre_hook(lambda _, given, name=name: of_students[name].append(given[1]))
         learners.append(training.learner(name, student, made, among.recipe, total_steps=2, seed=0))
         learners[-1].step = steps

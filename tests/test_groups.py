@@ -20,6 +20,7 @@ from kdlib.losses import METHODS
 from kdlib.models.build import build
 from kdlib.seed import seed_torch
 from kdlib.study.training.experiment import Experiment
+from kdlib.types import Setup
 from kdlib.views.stream import ViewStream
 from tests import tiny, training
 from tests.test_survival import stop_after
@@ -89,7 +90,7 @@ def learner(name: str = "kd", **changes: object) -> Learner:
     recipe = training.recipe(batch_size=24, group_size=8, hard_loss="ce", **changes)
     torch.manual_seed(8)
     student, made = build(training.NET, 6, 1, 8), method(name)()
-    made.adapt(student.shape, training.teacher().shape, torch.arange(96) % 6)
+    made.adapt(Setup(student.shape, training.teacher().shape, torch.arange(96) % 6))
     return training.learner(name, student.double(), made.double(), recipe, total_steps=10, seed=0)
 
 

@@ -24,7 +24,7 @@ from kdlib.losses import METHODS, Method
 from kdlib.models.build import Classifier, build
 from kdlib.seed import seed_torch
 from kdlib.study.training.experiment import Experiment
-from kdlib.types import Batch, Feature
+from kdlib.types import Batch, Feature, Setup
 from kdlib.views.stream import ViewStream
 from tests import toys, training, zoo
 from tests.test_survival import stop_after
@@ -142,7 +142,7 @@ def test_extra_parameters_are_the_methods_own(pair: str, done: Callable[[str], D
     counted = {}
     for name, files in done(pair).files.items():
         method = METHODS[name](**parameters(name))
-        method.adapt(student, teacher, labels)
+        method.adapt(Setup(student, teacher, labels))
         metrics = json.loads(files["metrics.json"])
         counted[name] = sum(parameter.numel() for parameter in method.parameters())
         assert metrics["extra_parameters"] == counted[name], name
@@ -218,7 +218,7 @@ def test_a_learners_state_is_all_that_the_next_step_depends_on(name: str) -> Non
         seed_torch(seed)
         student = build(among.student, 6, 1, among.size)
         method = METHODS[name](**parameters(name))
-        method.adapt(student.shape, among.teacher.shape, labels)
+        method.adapt(Setup(student.shape, among.teacher.shape, labels))
         return training.learner(name, student, method, among.recipe, total_steps=8, seed=0)
 
     def step(learner: Learner) -> None:
@@ -253,7 +253,7 @@ def learn_by_hints_alone(student: Classifier, teacher: Teacher, names: Iterable[
     answers = teacher(batch.images, frozenset(Feature))
     for name in names:
         method, own = METHODS[name](**parameters(name)), copy.deepcopy(student)
-        method.adapt(own.shape, teacher.shape, labels)
+        method.adapt(Setup(own.shape, teacher.shape, labels))
         before = copy.deepcopy(dict(method.named_parameters()))
         learner = training.learner(name, own, method, recipe, total_steps=8, seed=0)
         learner.take(learner.step, batch, toys.asked(answers, method.asks_teacher))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kdlib.models import checkpoints, layouts
+from kdlib.models import checkpoints
 from kdlib.models.build import Classifier, build
 from tests import zoo
 from tests.refusals import refused
@@ -370,4 +370,4 @@ def test_what_does_not_fit_is_refused_with_its_differences(load: Callable[..., C
     ],
 )
 def test_what_weights_look_like(family: str, words: str) -> None:
-    assert layouts.looks_like(state(family)).startswith(words)
+    assert checkpoints.looks_like(state(family)).startswith(words)

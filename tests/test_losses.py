@@ -385,6 +385,18 @@ def test_refuses_a_model_that_lacks_what_it_asks_for_and_no_other(name: str, who
 
 
 @every_method
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_refuses_an_answer_that_lacks_what_it_asks_for(name: str, who: str) -> None:
+    """A term of nothing would be a traceback out of torch, or none at all."""
+    method, (student, teacher, batch) = make(name), draw()
+    for part in {"student": method.asks_student, "teacher": method.asks_teacher}[who] - {Feature.LOGITS}:
+        said = {"student": student, "teacher": teacher}
+        said[who] = replace(said[who], **{part.value: None})
+        with pytest.raises(ValueError, match=f"^found an answer without {part.value}; allowed: one that has it; "):
+            method(said["student"], said["teacher"], batch, HARD["ce"], torch.ones(()))
+
+
+@every_method
 @pytest.mark.parametrize("classes", [2, 3])
 def test_few_classes_are_refused_before_any_training_or_learned_from(name: str, classes: int) -> None:
     models: list[OutputShape] = [replace(shape, classes=classes) for shape in (STUDENT, TEACHER)]

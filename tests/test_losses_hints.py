@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from kdlib.losses import METHODS, Method
 from kdlib.losses.sp import similarity
 from kdlib.losses.stages import same_size
-from kdlib.types import Batch, Output, OutputShape
+from kdlib.types import Batch, Output, OutputShape, Setup
 from tests.toys import ALL_LABELS, STUDENT, TEACHER, compute, draw, expect, make, reorder, reorder_batch, require_grad, total
 
 NEEDS = {"hard_weight": 0.0, "weight": 10.0}
@@ -22,7 +22,7 @@ NEEDS = {"hard_weight": 0.0, "weight": 10.0}
 def build(name: str, student: OutputShape, teacher: OutputShape, weights: list[Any] | None = None, **params: float) -> Method:
     """A method in float64 with these weights, in the order of its parameters; by hand means all of them."""
     method = METHODS[name](**NEEDS | params)
-    method.adapt(student, teacher, ALL_LABELS)
+    method.adapt(Setup(student, teacher, ALL_LABELS))
     method.double()
     if weights is not None:
         for parameter, value in zip(method.parameters(), weights, strict=True):

@@ -13,13 +13,12 @@ from timm.models import FeatureListNet
 from torch import Tensor, nn
 
 from kdlib.engine.record import forward_flops, weights
-from kdlib.models import cifar
+from kdlib.models import NAMES
 from kdlib.models.build import Classifier, build
 from kdlib.models.features import stage_indices
-from kdlib.models.resnet_small import NAMES
 from tests import training
 
-SHAPES = {  # blocks per stage, width, stem stride
+SHAPES = {  # of those that studies use: blocks per stage, width, stem stride
     "kd_resnet8_w8_s1": (1, 8, 1),
     "kd_resnet8_w16_s2": (1, 16, 2),
     "kd_resnet14_w32_s1": (2, 32, 1),
@@ -42,10 +41,24 @@ def count(blocks: int, width: int, channels: int, classes: int) -> int:
     return stem + stages + 4 * width * classes + classes
 
 
-def test_every_small_net_is_known_to_timm() -> None:
-    assert set(SHAPES) == set(NAMES)
-    assert all(timm.is_model(name) for name in NAMES)
-    assert {*NAMES, *cifar.NAMES} == set(timm.list_models("kd_*"))
+def test_every_net_is_known_to_timm() -> None:
+    assert set(SHAPES) < set(NAMES) == set(timm.list_models("kd_*"))
+    assert all(timm.get_pretrained_cfg(name).architecture == name for name in NAMES)
+    code = "import timm, kdlib.models; print(len(timm.list_models('kd_*')))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=training.ROOT)
+    assert int(done.stdout) == len(NAMES)
+
+
+@pytest.mark.parametrize("depth", [8, 14, 20, 26, 32, 44, 56, 110])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_every_depth_of_the_literature_is_there(depth: int, stride: int) -> None:
+    """Depth counts the weighted layers on the longest way, as He et al. do; the shortcuts' projections lie beside it."""
+    net = timm.create_model(f"kd_resnet{depth}_w16_s{stride}", num_classes=10)
+    weighted = [module for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear) and "downsample" not in name]
+    assert len(weighted) == depth
+    assert net.num_features == 64
+    assert [info["reduction"] for info in net.feature_info] == [stride, 2 * stride, 4 * stride]
+    assert sum(parameter.numel() for parameter in net.parameters()) == count((depth - 2) // 6, 16, 3, 10)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +79,7 @@ def test_nets_of_the_literature_have_its_sizes(name: str, parameters: int, maps:
     assert not any(isinstance(module, nn.ReLU6) for module in net.modules())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize(("channels", "classes"), [(3, 100), (1, 10)])
 def test_parameters_are_as_many_as_by_hand(name: str, channels: int, classes: int) -> None:
     blocks, width, _ = SHAPES[name]
@@ -75,7 +88,7 @@ def test_parameters_are_as_many_as_by_hand(name: str, channels: int, classes: in
     assert sum(isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) for module in net.modules()) == 6 * blocks + 1
 
 
-def test_the_sizes_that_the_docstrings_promise() -> None:
+def test_the_sizes_that_the_docstring_promises() -> None:
     assert round(count(1, 8, 3, 100), -3) == 23_000
     assert round(count(1, 16, 3, 100), -3) == 84_000
     assert round(count(2, 32, 3, 100), -5) == 700_000
@@ -94,7 +107,7 @@ def test_flops_are_as_many_as_by_hand(name: str, size: int) -> None:
     assert forward_flops(build(name, 10, 1, size), 1, size) == 2 * adds
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("size", [8, 15, 24])
 def test_forward_in_its_parts(name: str, size: int) -> None:
     net = timm.create_model(name, num_classes=7).eval()

@@ -18,6 +18,7 @@ from kdlib.engine.setting import total_steps
 from kdlib.losses.fitnet import FitNet
 from kdlib.models.build import build
 from kdlib.study.training.experiment import Experiment
+from kdlib.types import Setup
 from tests import published_recipes, tiny, training
 from tests.published_recipes import IMAGES, PREVIOUS, STRONG
 from tests.refusals import change, refused
@@ -144,7 +145,7 @@ def test_a_learner_gives_all_its_groups_the_rate() -> None:
     recipe = training.recipe(optimizer="lamb", learning_rate=0.1, warmup=0.2, warmup_lr=0.01, milestones=[0.5, 0.9], drop_path=0.0)
     among = training.setting()
     student, method = build(training.NET, 6, 1, 8), FitNet(hard_weight=1.0, weight=1.0, stage=1.0)
-    method.adapt(student.shape, among.teacher.shape, torch.arange(96) % 6)
+    method.adapt(Setup(student.shape, among.teacher.shape, torch.arange(96) % 6))
     learner = training.learner("fitnet", student, method, recipe, total_steps=10, seed=0)
     assert len(learner.optimizer.param_groups) == 4  # decayed or not, of the student and of its adapter
     for expected in plainly(recipe, 10):

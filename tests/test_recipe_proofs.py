@@ -21,7 +21,7 @@ from kdlib.losses import HARD
 from kdlib.losses.base import Method
 from kdlib.models.build import Classifier, build
 from kdlib.seed import seed_torch
-from kdlib.types import Batch
+from kdlib.types import Batch, Setup
 from kdlib.views import mixup
 from kdlib.views.mixup import Mix
 from kdlib.views.stream import ViewStream
@@ -100,7 +100,7 @@ def adapted(name: str, student: Classifier, teacher: Classifier, classes: int) -
     """Of the method's official parameters, without the hard label's weight."""
     made = training.method(name)()
     seed_torch(2)
-    made.adapt(student.shape, teacher.shape, torch.arange(classes))
+    made.adapt(Setup(student.shape, teacher.shape, torch.arange(classes)))
     return made
 
 

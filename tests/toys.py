@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdlib.losses import HARD, METHODS, Method
-from kdlib.types import Batch, Output, OutputShape, Terms
+from kdlib.types import Batch, Output, OutputShape, Setup, Terms
 from tests import references
 from tests.references.common import Given, Said, ce
 
@@ -35,7 +35,7 @@ def make(name: str, student: OutputShape = STUDENT, teacher: OutputShape = TEACH
     with torch.random.fork_rng():
         torch.manual_seed(0)
         method = METHODS[name](**parameters(name) | changes)
-        method.adapt(student, teacher, ALL_LABELS)
+        method.adapt(Setup(student, teacher, ALL_LABELS))
     return method
 
 

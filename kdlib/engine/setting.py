@@ -21,6 +21,7 @@ from kdlib.losses.base import Method
 from kdlib.losses.hard import HARD
 from kdlib.models.build import build
 from kdlib.seed import seed_torch
+from kdlib.types import Setup
 from kdlib.views.stream import ViewStream
 
 Images = UInt8[np.ndarray, "samples height width channels"] | UInt8[Tensor, "samples height width channels"] | LazyImages
@@ -76,7 +77,7 @@ def student_with_loss(setting: Setting, make: Callable[[], Method]) -> StudentWi
     student = build(setting.student, data.classes, data.channels, setting.size, setting.recipe.drop_path).to(setting.device)
     method = make()
     labels = torch.from_numpy(np.asarray(data.train.labels[setting.index], np.int64))
-    method.adapt(student.shape, (setting.teacher or student).shape, labels)
+    method.adapt(Setup(student.shape, (setting.teacher or student).shape, labels))
     return StudentWithLoss(student, method.to(setting.device), HARD[setting.recipe.hard_loss])
 
 

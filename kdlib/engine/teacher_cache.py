@@ -98,7 +98,7 @@ class TeacherCache:
         return Path(self.folder or "") / f"{part}-{number:05d}.bin"
 
     def _when_there(self, output: Output, then: Callable[[dict[Feature, Tensor]], None]) -> None:
-        """Call ``then`` with what is kept of an output, on the host, when the next one is asked for: by then the copy has long been made."""
+        """Call ``then`` with what is kept of an output, on the host, when the next is asked for: by then it has long been copied."""
         self.finish()
         parts = {part: getattr(output, part.value) for part in KEPT}
         on_host = {part: values.half().to("cpu", non_blocking=True) for part, values in parts.items() if values is not None}

@@ -2,12 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from kdlib.losses.base import Method
 from kdlib.losses.stages import facing, pairs, same_size
-from kdlib.types import Batch, Feature, Maps, Output, OutputShape, Terms
+from kdlib.types import Batch, Feature, Maps, Output, Setup, Terms
 
 
 def attention(maps: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch places"]:
@@ -32,21 +32,16 @@ def at(student: Maps, teacher: Maps) -> Float[Tensor, ""]:
 class AT(Method):
     """``hard_weight * hard + weight * at``. A stage of one place has the attention 1 whatever it sees, and teaches nothing."""
 
-    asks_student = frozenset({Feature.MAPS})
-    asks_teacher = frozenset({Feature.MAPS})
+    asks_student = asks_teacher = frozenset({Feature.MAPS})
     equation = (
         r"\sum_{\mathrm{stages}} \mathrm{mean} \left( \frac{a_s}{\|a_s\|_2} - \frac{a_t}{\|a_t\|_2} \right)^2,"
         r"\quad a = \mathrm{mean}_{\mathrm{channels}}\, f^2"
     )
 
-    def __init__(self, *, hard_weight: float, weight: float) -> None:
-        super().__init__(hard_weight=hard_weight, weight=weight)
-
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:  # noqa: ARG002
-        if all(min(a[1], b[1]) * min(a[2], b[2]) == 1 for a, b in facing(student, teacher)):
+    def adapt(self, setup: Setup) -> None:
+        if all(min(a[1], b[1]) * min(a[2], b[2]) == 1 for a, b in facing(setup.student, setup.teacher)):
             found = "found stages of one place each, where attention is always 1"
             raise ValueError(f"{found}; allowed: a stage of two places or more; take larger images or another method")
 
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
-        assert student.maps is not None and teacher.maps is not None
-        return {"attention": at(student.maps, teacher.maps)}
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
+        return {"attention": at(student.need(Feature.MAPS), teacher.need(Feature.MAPS))}

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from kdlib.types import Asks, Batch, Feature, Logits, Output, OutputShape, Terms
+from kdlib.types import Asks, Batch, Feature, Logits, Output, Setup, Terms
 
 HardLoss = Callable[[Logits, Float[Tensor, "batch classes"]], Float[Tensor, ""]]
 
@@ -59,13 +59,14 @@ class Method(nn.Module):
     unmixed: ClassVar[bool] = False  # learns from unmixed images alone
     equation: ClassVar[str]  # LaTeX, in the notation of notebooks/methods.ipynb
 
-    def __init__(self, *, hard_weight: float, weight: float, warmup: float = 0.0) -> None:
+    warmup: float = 0.0  # the share of all steps over which the method's own terms grow
+
+    def __init__(self, *, hard_weight: float, weight: float) -> None:
         super().__init__()
         self.hard_weight = non_negative("hard_weight", hard_weight)
         self.weight = non_negative("weight", weight)
-        self.warmup = share("warmup", warmup)
 
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:
+    def adapt(self, setup: Setup) -> None:
         """Make what is sized by the two models or by the training images, whose labels are given; once, before training.
 
         Raises ValueError, as "found ...; allowed: ...; what to do", for models that the method cannot learn from.
@@ -96,15 +97,10 @@ class Method(nn.Module):
             terms = {"hard": self.hard_weight * hard(student.logits, batch.targets)} if hard and self.hard_weight else {}
             within = (batch.labels >= 0) & (batch.labels < student.logits.shape[1])
             torch._assert_async(within.all(), "a label lies outside of the classes")  # does not wait for the device
-            own = self.distill(_convert(student, full), _convert(teacher, lambda values: full(values.detach())), batch)
+            own = self.distill(student.map(full), teacher.map(lambda values: full(values.detach())), batch)
             scale = self.weight * (progress / self.warmup).clamp(max=1) if self.warmup else self.weight
             return terms | {name: scale * value for name, value in own.items()}
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         """The method's own terms, by name, before ``weight``. ``teacher`` carries no gradient; both are in fp32 or fp64."""
         raise NotImplementedError
-
-
-def _convert(output: Output, change: Callable[[Tensor], Tensor]) -> Output:
-    maps, before = (None if part is None else tuple(map(change, part)) for part in (output.maps, output.preactivations))
-    return Output(change(output.logits), None if output.embedding is None else change(output.embedding), maps, before)

@@ -27,8 +27,5 @@ class BKL(Method):
         r" + (1 - q_c) \log \left(1 - \mathrm{sigmoid}(z_{s,c})\right) \right]"
     )
 
-    def __init__(self, *, hard_weight: float, weight: float) -> None:
-        super().__init__(hard_weight=hard_weight, weight=weight)
-
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         return {"bkl": bkl(student.logits, teacher.logits)}

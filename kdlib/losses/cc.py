@@ -1,11 +1,11 @@
 """VanillaKD's correlation loss, called CC there (Hao et al., NeurIPS 2023, arXiv 2305.15781, official repository)."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kdlib.losses.base import Method, count, non_negative
 from kdlib.losses.stages import embeddings_needed
-from kdlib.types import Batch, Feature, Output, OutputShape, Terms
+from kdlib.types import Batch, Feature, Output, Setup, Terms
 
 
 def cc(student: Float[Tensor, "batch dim"], teacher: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
@@ -27,8 +27,7 @@ class CC(Method):
     Peng et al. (ICCV 2019) that the name comes from: that compares kernel matrices of the batch.
     """
 
-    asks_student = frozenset({Feature.EMBEDDING})
-    asks_teacher = frozenset({Feature.EMBEDDING})
+    asks_student = asks_teacher = frozenset({Feature.EMBEDDING})
     relational = True
     equation = (
         r"\frac{s}{B - 1} \sum_{i < B} \sum_d \left| f_s - f_t \right|_{i, d} \left| f_s - f_t \right|_{i + 1, d}"
@@ -42,10 +41,11 @@ class CC(Method):
         self.embed_student: nn.Module = nn.Identity()
         self.embed_teacher: nn.Module = nn.Identity()
 
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:  # noqa: ARG002
-        embeddings_needed(student, teacher)
-        self.embed_student = nn.Linear(student.embedding, self.dim)
-        self.embed_teacher = nn.Linear(teacher.embedding, self.dim)
+    def adapt(self, setup: Setup) -> None:
+        embeddings_needed(setup)
+        self.embed_student = nn.Linear(setup.student.embedding, self.dim)
+        self.embed_teacher = nn.Linear(setup.teacher.embedding, self.dim)
 
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
-        return {"correlation": self.scale * cc(self.embed_student(student.embedding), self.embed_teacher(teacher.embedding))}
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
+        f_s, f_t = self.embed_student(student.need(Feature.EMBEDDING)), self.embed_teacher(teacher.need(Feature.EMBEDDING))
+        return {"correlation": self.scale * cc(f_s, f_t)}

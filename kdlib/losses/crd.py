@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdlib.losses.base import Method, count, positive, share
 from kdlib.losses.stages import embeddings_needed
 from kdlib.parallel.ranks import gather_ranks
-from kdlib.types import Batch, Feature, Output, OutputShape, Terms
+from kdlib.types import Batch, Feature, Output, Setup, Terms
 
 # splitmix64's increment and multipliers (Steele, Lea, Flood, OOPSLA 2014) as int64, whose products wrap around like those of uint64
 INCREMENT, FIRST, SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -133,13 +133,13 @@ class CRD(Method):
         self.temperature = positive("temperature", temperature)
         self.momentum = share("momentum", momentum)
 
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:
-        embeddings_needed(student, teacher)
-        self.student = nn.Linear(student.embedding, self.dim)
-        self.teacher = nn.Linear(teacher.embedding, self.dim)
-        self.register_buffer("labels", labels.clone())
-        self.register_buffer("student_bank", F.normalize(torch.randn(len(labels), self.dim)))
-        self.register_buffer("teacher_bank", F.normalize(torch.randn(len(labels), self.dim)))
+    def adapt(self, setup: Setup) -> None:
+        embeddings_needed(setup)
+        self.student = nn.Linear(setup.student.embedding, self.dim)
+        self.teacher = nn.Linear(setup.teacher.embedding, self.dim)
+        self.register_buffer("labels", setup.labels.clone())
+        self.register_buffer("student_bank", F.normalize(torch.randn(len(setup.labels), self.dim)))
+        self.register_buffer("teacher_bank", F.normalize(torch.randn(len(setup.labels), self.dim)))
         self.register_buffer("step", torch.randint(2**31, ()))  # counts from a random number: another seed draws other negatives
         self.register_buffer("log_means", torch.full((2,), math.nan))  # log(Z / N) of both directions; not a number before the first batch
 
@@ -148,7 +148,7 @@ class CRD(Method):
         torch._assert_async(inside.all(), "an image's index lies outside of CRD's banks")  # does not wait for the device
         pool = draw(self.step, self.negatives, len(self.labels))
         skipped = batch.labels[:, None] == self.labels[pool]
-        s, t = F.normalize(self.student(student.embedding)), F.normalize(self.teacher(teacher.embedding))
+        s, t = F.normalize(self.student(student.need(Feature.EMBEDDING))), F.normalize(self.teacher(teacher.need(Feature.EMBEDDING)))
         noise = (~skipped).sum(dim=1, dtype=s.dtype)
         of_student = similarities(s, t, self.teacher_bank[pool], skipped, self.temperature)
         of_teacher = similarities(t, s, self.student_bank[pool], skipped, self.temperature)

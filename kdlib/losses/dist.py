@@ -59,6 +59,6 @@ class DIST(Method):
         self.gamma = non_negative("gamma", gamma)
         self.tau = positive("tau", tau)
 
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         inter, intra = dist(student.logits, teacher.logits, self.tau)
         return {"inter": self.beta * inter, "intra": self.gamma * intra}

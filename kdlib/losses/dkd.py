@@ -5,10 +5,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kdlib.losses.base import Method, non_negative, positive
-from kdlib.losses.kd import kl
-from kdlib.losses.target import others_needed, others_of
-from kdlib.types import Batch, Logits, Output, OutputShape, Terms
+from kdlib.losses.base import Method, non_negative, positive, share
+from kdlib.losses.logits import kl, others_needed, others_of
+from kdlib.types import Batch, Logits, Output, Setup, Terms
 
 
 def decouple(logits: Logits, labels: Int[Tensor, " batch"]) -> tuple[Float[Tensor, "batch 2"], Logits]:
@@ -47,13 +46,14 @@ class DKD(Method):
     )
 
     def __init__(self, *, hard_weight: float, weight: float, warmup: float, alpha: float, beta: float, temperature: float) -> None:
-        super().__init__(hard_weight=hard_weight, weight=weight, warmup=warmup)
+        super().__init__(hard_weight=hard_weight, weight=weight)
+        self.warmup = share("warmup", warmup)
         self.alpha = non_negative("alpha", alpha)
         self.beta = non_negative("beta", beta)
         self.temperature = positive("temperature", temperature)
 
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:  # noqa: ARG002
-        others_needed(student.classes)
+    def adapt(self, setup: Setup) -> None:
+        others_needed(setup.student.classes)
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         target, others = dkd(student.logits, teacher.logits, batch.labels, self.temperature)

@@ -1,11 +1,11 @@
 """FitNets: hints from one stage (Romero, Ballas, Kahou, Chassang, Gatta, Bengio, ICLR 2015, arXiv 1412.6550)."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kdlib.losses.base import Method, count
 from kdlib.losses.stages import facing, pairs, same_size
-from kdlib.types import Batch, Feature, Output, OutputShape, Terms
+from kdlib.types import Batch, Feature, Output, Setup, Terms
 
 
 def fitnet(guided: Float[Tensor, "batch channels h w"], hint: Float[Tensor, "batch channels h w"]) -> Float[Tensor, ""]:
@@ -24,8 +24,7 @@ class FitNet(Method):
     sizes differ, the larger map is average-pooled to the smaller one, so nothing but channels is learned.
     """
 
-    asks_student = frozenset({Feature.MAPS})
-    asks_teacher = frozenset({Feature.MAPS})
+    asks_student = asks_teacher = frozenset({Feature.MAPS})
     equation = r"\mathrm{mean} \left( W \ast f_s - f_t \right)^2"
 
     def __init__(self, *, hard_weight: float, weight: float, stage: float) -> None:
@@ -33,11 +32,11 @@ class FitNet(Method):
         self.stage = count("stage", stage)
         self.regressor: nn.Module = nn.Identity()
 
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:  # noqa: ARG002
-        (narrow, *_), (wide, *_) = facing(student, teacher, least=self.stage)[-self.stage]
+    def adapt(self, setup: Setup) -> None:
+        (narrow, *_), (wide, *_) = facing(setup.student, setup.teacher, least=self.stage)[-self.stage]
         self.regressor = nn.Conv2d(narrow, wide, kernel_size=1)
 
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
-        assert student.maps is not None and teacher.maps is not None
-        guided, hint = same_size(*pairs(student.maps, teacher.maps)[-self.stage])  # pooling first: it commutes with a 1x1 convolution
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
+        pair = pairs(student.need(Feature.MAPS), teacher.need(Feature.MAPS))[-self.stage]
+        guided, hint = same_size(*pair)  # pooling first: it commutes with a 1x1 convolution
         return {"hint": fitnet(self.regressor(guided), hint)}

@@ -22,5 +22,5 @@ class FunMatch(Method):
         super().__init__(hard_weight=0.0, weight=positive("weight", weight))
         self.temperature = positive("temperature", temperature)
 
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         return {"kd": kd(student.logits, teacher.logits, self.temperature)}

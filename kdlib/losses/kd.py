@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kdlib.losses.base import Method, positive
+from kdlib.losses.logits import kl
 from kdlib.types import Batch, Logits, Output, Terms
 
 
@@ -17,11 +18,6 @@ def kd(student: Logits, teacher: Logits, temperature: float) -> Float[Tensor, ""
     return temperature**2 * kl(F.log_softmax(student / temperature, dim=1), F.log_softmax(teacher / temperature, dim=1))
 
 
-def kl(student_logp: Logits, teacher_logp: Logits) -> Float[Tensor, ""]:
-    """KL(teacher || student) of log-probabilities: sum over classes, mean over the batch, in nats."""
-    return F.kl_div(student_logp, teacher_logp, reduction="batchmean", log_target=True)
-
-
 class KD(Method):
     """``hard_weight * hard + weight * kd``. Hinton's weights sum to 1; the official VanillaKD default has both at 1."""
 
@@ -31,5 +27,5 @@ class KD(Method):
         super().__init__(hard_weight=hard_weight, weight=weight)
         self.temperature = positive("temperature", temperature)
 
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         return {"kd": kd(student.logits, teacher.logits, self.temperature)}

@@ -3,12 +3,12 @@
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from kdlib.losses.base import Method, positive
 from kdlib.losses.kd import kd
-from kdlib.types import Batch, Logits, Output, OutputShape, Terms
+from kdlib.types import Batch, Logits, Output, Setup, Terms
 
 STILL = 1e-3  # logits of an image with a smaller standard deviation count as constant; an untrained network's are about .1 to 1
 
@@ -53,8 +53,8 @@ class LSKD(Method):
         super().__init__(hard_weight=hard_weight, weight=weight)
         self.temperature = positive("temperature", temperature)
 
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:  # noqa: ARG002
-        _classes_needed(student.classes)
+    def adapt(self, setup: Setup) -> None:
+        _classes_needed(setup.student.classes)
 
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         return {"lskd": lskd(student.logits, teacher.logits, self.temperature)}

@@ -5,8 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kdlib.losses.base import Method, non_negative, positive
-from kdlib.losses.target import others_needed, others_of
-from kdlib.types import Batch, Logits, Output, OutputShape, Terms
+from kdlib.losses.logits import others_needed, others_of
+from kdlib.types import Batch, Logits, Output, Setup, Terms
 
 
 def nkd(student: Logits, teacher: Logits, labels: Int[Tensor, " batch"], temperature: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -38,8 +38,8 @@ class NKD(Method):
         self.gamma = non_negative("gamma", gamma)
         self.temperature = positive("temperature", temperature)
 
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:  # noqa: ARG002
-        others_needed(student.classes)
+    def adapt(self, setup: Setup) -> None:
+        others_needed(setup.student.classes)
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         target, others = nkd(student.logits, teacher.logits, batch.labels, self.temperature)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdlib.losses.base import Method, positive
 from kdlib.losses.stages import facing
-from kdlib.types import Batch, Feature, Logits, Output, OutputShape, Terms
+from kdlib.types import Batch, Feature, Logits, Output, Setup, Terms
 
 
 def ofa(student: Logits, teacher: Logits, labels: Int[Tensor, " batch"], eps: float, temperature: float) -> Float[Tensor, ""]:
@@ -79,14 +79,14 @@ class OFA(Method):
         self.temperature = positive("temperature", temperature)
         self.branches = nn.ModuleList()
 
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:  # noqa: ARG002
+    def adapt(self, setup: Setup) -> None:
+        student = setup.student
         facing(student, student)  # has stages; the teacher needs none
         channels = [stage[0] for stage in student.maps]
-        width = max(student.embedding, teacher.embedding) or channels[-1]
+        width = max(student.embedding, setup.teacher.embedding) or channels[-1]
         self.branches = nn.ModuleList(branch(n, len(channels) - 1 - i, width, student.classes) for i, n in enumerate(channels))
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
-        assert student.maps is not None
-        exits = [one(stage) for one, stage in zip(self.branches, student.maps, strict=True)]
+        exits = [one(stage) for one, stage in zip(self.branches, student.need(Feature.MAPS), strict=True)]
         final, *inner = (ofa(logits, teacher.logits, batch.labels, self.eps, self.temperature) for logits in (student.logits, *exits))
         return {"ofa": final, "branches": torch.stack(inner).sum()}

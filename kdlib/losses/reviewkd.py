@@ -2,12 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from kdlib.losses.base import Method, count
+from kdlib.losses.base import Method, count, share
 from kdlib.losses.stages import embeddings_needed, facing, pairs
-from kdlib.types import Batch, Feature, Maps, Output, OutputShape, Terms
+from kdlib.types import Batch, Feature, Maps, Output, Setup, Terms
 
 GRIDS = (4, 2, 1)  # cells per side at which HCL compares maps again
 
@@ -81,8 +81,7 @@ class ReviewKD(Method):
     share a batch.
     """
 
-    asks_student = frozenset({Feature.PREACTIVATIONS, Feature.EMBEDDING})
-    asks_teacher = frozenset({Feature.PREACTIVATIONS, Feature.EMBEDDING})
+    asks_student = asks_teacher = frozenset({Feature.PREACTIVATIONS, Feature.EMBEDDING})
     relational = True
     equation = (
         r"\sum_l \frac{1}{\sum_k 2^{-k}} \sum_{k \ge 0} 2^{-k}\, \mathrm{MSE}\left(\mathrm{pool}_k(F_l), \mathrm{pool}_k(f_t^l)\right),"
@@ -90,18 +89,20 @@ class ReviewKD(Method):
     )
 
     def __init__(self, *, hard_weight: float, weight: float, warmup: float, mid: float) -> None:
-        super().__init__(hard_weight=hard_weight, weight=weight, warmup=warmup)
+        super().__init__(hard_weight=hard_weight, weight=weight)
+        self.warmup = share("warmup", warmup)
         self.mid = count("mid", mid)
         self.fusions = nn.ModuleList()
 
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:  # noqa: ARG002
+    def adapt(self, setup: Setup) -> None:
+        student, teacher = setup.student, setup.teacher
         stages = facing(student, teacher)
-        embeddings_needed(student, teacher)
+        embeddings_needed(setup)
         mid = min(self.mid, student.embedding)
         widths = [(student.embedding, teacher.embedding), *((ours[0], theirs[0]) for ours, theirs in reversed(stages))]
         self.fusions = nn.ModuleList(Fusion(ours, mid, theirs, deeper=i > 0) for i, (ours, theirs) in enumerate(widths))
 
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         fused: Tensor | None = None
         results: list[Tensor] = []
         levels = _levels(student, teacher)
@@ -113,7 +114,6 @@ class ReviewKD(Method):
 
 def _levels(student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
     """Maps that face each other, from the pooled embeddings, as 1x1 maps, to the image."""
-    assert student.embedding is not None and teacher.embedding is not None
-    assert student.preactivations is not None and teacher.preactivations is not None
-    deepest = student.embedding[:, :, None, None], teacher.embedding[:, :, None, None]
-    return [deepest, *reversed(pairs(student.preactivations, teacher.preactivations))]
+    ours, theirs = (model.need(Feature.EMBEDDING)[:, :, None, None] for model in (student, teacher))
+    stages = pairs(student.need(Feature.PREACTIVATIONS), teacher.need(Feature.PREACTIVATIONS))
+    return [(ours, theirs), *reversed(stages)]

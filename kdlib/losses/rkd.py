@@ -2,13 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kdlib.losses.base import Method, non_negative
 from kdlib.losses.stages import embeddings_needed
-from kdlib.types import Batch, Embedding, Feature, Output, OutputShape, Terms
+from kdlib.types import Batch, Embedding, Feature, Output, Setup, Terms
 
 Pairs = Float[Tensor, "batch batch"]
 ELEMENTS = 2**20  # angles in memory at a time. At a batch of 256 the loss and its gradient take 28 MB; all angles at once, 406 MB
@@ -75,8 +75,7 @@ class RKD(Method):
     A per-device loss: distances and angles are those within the batch.
     """
 
-    asks_student = frozenset({Feature.EMBEDDING})
-    asks_teacher = frozenset({Feature.EMBEDDING})
+    asks_student = asks_teacher = frozenset({Feature.EMBEDDING})
     relational = True
     equation = (
         r"\frac{\lambda_d}{B^2} \sum_{i, j} h\left(d^s_{ij} - d^t_{ij}\right)"
@@ -89,10 +88,9 @@ class RKD(Method):
         self.distance_weight = non_negative("distance_weight", distance_weight)
         self.angle_weight = non_negative("angle_weight", angle_weight)
 
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:  # noqa: ARG002
-        embeddings_needed(student, teacher)
+    def adapt(self, setup: Setup) -> None:
+        embeddings_needed(setup)
 
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
-        assert student.embedding is not None and teacher.embedding is not None
-        distance, angle = rkd(student.embedding, teacher.embedding)
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
+        distance, angle = rkd(student.need(Feature.EMBEDDING), teacher.need(Feature.EMBEDDING))
         return {"distance": self.distance_weight * distance, "angle": self.angle_weight * angle}

@@ -1,12 +1,12 @@
 """Similarity-preserving distillation (Tung, Mori, ICCV 2019, arXiv 1907.09682)."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from kdlib.losses.base import Method
 from kdlib.losses.stages import facing
-from kdlib.types import Batch, Feature, Output, OutputShape, Terms
+from kdlib.types import Batch, Feature, Output, Setup, Terms
 
 EMPTY = 1e-12  # a row shorter than this belongs to an image whose map is zero
 
@@ -33,20 +33,15 @@ def sp(student: Float[Tensor, "batch _ _ _"], teacher: Float[Tensor, "batch _ _ 
 class SP(Method):
     """``hard_weight * hard + weight * sp`` on the maps of the last stage. A per-device loss: images resemble those of their batch."""
 
-    asks_student = frozenset({Feature.MAPS})
-    asks_teacher = frozenset({Feature.MAPS})
+    asks_student = asks_teacher = frozenset({Feature.MAPS})
     relational = True
     equation = (
         r"\tfrac{1}{B^2} \left\| \tilde G_t - \tilde G_s \right\|_F^2,"
         r"\quad G_{ij} = \langle f_i, f_j \rangle,\ \tilde G_{i \cdot} = G_{i \cdot} / \|G_{i \cdot}\|_2"
     )
 
-    def __init__(self, *, hard_weight: float, weight: float) -> None:
-        super().__init__(hard_weight=hard_weight, weight=weight)
+    def adapt(self, setup: Setup) -> None:
+        facing(setup.student, setup.teacher)
 
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:  # noqa: ARG002
-        facing(student, teacher)
-
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
-        assert student.maps is not None and teacher.maps is not None
-        return {"similarity": sp(student.maps[-1], teacher.maps[-1])}
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
+        return {"similarity": sp(student.need(Feature.MAPS)[-1], teacher.need(Feature.MAPS)[-1])}

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kdlib.types import Maps, OutputShape
+from kdlib.types import Maps, OutputShape, Setup
 
 StageShape = tuple[int, int, int]  # channels, height, width
 
@@ -38,8 +38,8 @@ def same_size(
     return a, b
 
 
-def embeddings_needed(student: OutputShape, teacher: OutputShape) -> None:
+def embeddings_needed(setup: Setup) -> None:
     """Raises ValueError for a model that gives no pooled embedding."""
-    for who, shape in (("student", student), ("teacher", teacher)):
+    for who, shape in (("student", setup.student), ("teacher", setup.teacher)):
         if not shape.embedding:
             raise ValueError(f"found a {who} without pooled embedding; allowed: a model that has one; choose another model or method")

@@ -4,12 +4,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kdlib.losses.base import Method, positive
 from kdlib.losses.stages import facing, pairs, same_size
-from kdlib.types import Batch, Feature, Output, OutputShape, Terms
+from kdlib.types import Batch, Feature, Output, Setup, Terms
 
 FLOOR = 1e-5  # of the variance
 
@@ -35,8 +35,7 @@ class VID(Method):
     average-pooled to the smaller one.
     """
 
-    asks_student = frozenset({Feature.MAPS})
-    asks_teacher = frozenset({Feature.MAPS})
+    asks_student = asks_teacher = frozenset({Feature.MAPS})
     equation = (
         r"\sum_{\mathrm{stages}} \mathrm{mean}\ \tfrac12 \left[ \frac{(r(f_s) - f_t)^2}{\sigma^2} + \log \sigma^2 \right],"
         r"\quad \sigma^2 = \log(1 + e^{\alpha}) + \epsilon"
@@ -50,16 +49,15 @@ class VID(Method):
         self.regressors = nn.ModuleList()
         self.alphas = nn.ParameterList()
 
-    def adapt(self, student: OutputShape, teacher: OutputShape, labels: Int[Tensor, " images"]) -> None:  # noqa: ARG002
+    def adapt(self, setup: Setup) -> None:
         above = self.variance - FLOOR
         start = above + math.log(-math.expm1(-above))  # softplus(start) = above; e^above would overflow
-        for (narrow, *_), (wide, *_) in facing(student, teacher):
+        for (narrow, *_), (wide, *_) in facing(setup.student, setup.teacher):
             layers = [nn.Conv2d(width, wide, kernel_size=1, bias=False) for width in (narrow, wide, wide)]
             self.regressors.append(nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]))
             self.alphas.append(nn.Parameter(torch.full((wide,), start)))
 
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:  # noqa: ARG002
-        assert student.maps is not None and teacher.maps is not None
-        stages = [same_size(*pair) for pair in pairs(student.maps, teacher.maps)]
+    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
+        stages = [same_size(*pair) for pair in pairs(student.need(Feature.MAPS), teacher.need(Feature.MAPS))]
         terms = [vid(r(a), b, alpha) for r, alpha, (a, b) in zip(self.regressors, self.alphas, stages, strict=True)]
         return {"information": torch.stack(terms).sum()}

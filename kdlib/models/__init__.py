@@ -2,4 +2,4 @@
 
 from kdlib.models import cifar, resnet_small
 
-__all__ = ["cifar", "resnet_small"]
+NAMES = (*resnet_small.SHAPES, *cifar.default_cfgs)

@@ -1,8 +1,7 @@
 """Any timm model (our own nets are registered there) as a model that takes un-normalised images of a data set."""
 
 import difflib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -11,11 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kdlib.models import (
-    cifar,
-    features,
-    resnet_small,  # importing the nets registers them with timm
-)
+from kdlib.errors import some
+from kdlib.models import NAMES, features
 from kdlib.types import Asks, Feature, Images, Output, OutputShape
 
 _UNFIT = (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError)  # what models raise for a size that is not theirs
@@ -53,9 +49,7 @@ def build(name: str, classes: int, channels: int, size: int, drop_path: float = 
     cannot take.
     """
     if not timm.is_model(name):
-        raise ValueError(
-            f"found {name!r}; allowed: a timm model or one of {', '.join((*resnet_small.NAMES, *cifar.NAMES))}; {_closest(name)}"
-        )
+        raise ValueError(f"found {name!r}; allowed: a timm model or one of {some(NAMES)}; {_closest(name)}")
     options: dict[str, Any] = {"num_classes": classes, "in_chans": channels}
     if drop_path:
         options["drop_path_rate"] = drop_path  # not every family knows it
@@ -64,12 +58,16 @@ def build(name: str, classes: int, channels: int, size: int, drop_path: float = 
     least = (cfg.get("min_input_size") or (0,))[-1]
     if size < least:
         raise ValueError(f"found {name!r} with images of {size} px; allowed: at least {least} px; choose another model or a larger size")
-    with _refused_for_size(name, size):
+    try:
         if cfg.get("fixed_input_size", False) and cfg["input_size"][-1] != size:
             net = timm.create_model(name, **options, img_size=size)
         # one forward pass: the only honest test of an image size, and cheap beside a training run
         net = net.to(memory_format=torch.channels_last)
         return Classifier(net, _per_channel(cfg["mean"], channels), _per_channel(cfg["std"], channels), size)
+    except _UNFIT as error:
+        reason = " ".join(str(error).split())[:160]
+        do = "choose another model or size"
+        raise ValueError(f"found {name!r} with images of {size} px; allowed: a classifier of such images; {do} ({reason})") from error
 
 
 def _create(name: str, options: dict[str, Any]) -> nn.Module:
@@ -83,23 +81,12 @@ def _create(name: str, options: dict[str, Any]) -> nn.Module:
     return net
 
 
-@contextmanager
-def _refused_for_size(name: str, size: int) -> Iterator[None]:
-    """What a model raises when it is made for, or given, images of a size that it cannot take, as a refusal."""
-    try:
-        yield
-    except _UNFIT as error:
-        reason = " ".join(str(error).split())[:160]
-        do = "choose another model or size"
-        raise ValueError(f"found {name!r} with images of {size} px; allowed: a classifier of such images; {do} ({reason})") from error
-
-
 def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """Statistics of the model's own pre-training; their average where the channels are not red, green and blue."""
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _closest(name: str) -> str:
-    pool = resnet_small.NAMES if name.startswith("kd_") else timm.list_models()
+    pool = NAMES if name.startswith("kd_") else timm.list_models()
     close = difflib.get_close_matches(name, pool, n=1, cutoff=0.4)
     return f"did you mean {close[0]!r}?" if close else "see timm.list_models()"

@@ -23,7 +23,6 @@ default_cfgs = generate_default_cfgs(
         "kd_cifar_mobilenetv2_050": {**CFG, "first_conv": "conv_stem", "classifier": "classifier"},
     }
 )
-NAMES = tuple(default_cfgs)
 
 
 @register_model

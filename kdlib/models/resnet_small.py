@@ -1,9 +1,15 @@
-"""Small ResNets for small images, registered with timm: ``timm.create_model("kd_resnet8_w16")`` once this module is imported.
+"""Small ResNets for small images, registered with timm: ``timm.create_model("kd_resnet8_w16_s2")`` once this module is imported.
 
 After He et al., CVPR 2016 (arXiv 1512.03385), section 4.2: three stages, n basic blocks each, depth 6n + 2. What differs: the
 stem's stride is a parameter (2 keeps a 24 px study affordable on a CPU) and the shortcut is a projection, as timm's blocks have it.
+
+A name says depth, width and the stem's stride. Width 16 and stride 1 are the CIFAR literature's (kd_resnet20_w16_s1, kd_resnet56_w16_s1).
+The default study's student is kd_resnet8_w16_s2 (84 k parameters at 100 classes) and its teacher kd_resnet14_w32_s2 (0.7 M), for 24 to 32
+px; for 8 to 16 px they are kd_resnet8_w8_s1 (23 k) and kd_resnet14_w32_s1.
 """
 
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 from jaxtyping import Float
@@ -99,11 +105,6 @@ def _stage(channels: int, out: int, stride: int, drop_paths: list[float]) -> nn.
     return nn.Sequential(*blocks)
 
 
-def _create(name: str, pretrained: bool, kwargs: dict[str, Any], **shape: Any) -> nn.Module:
-    model: nn.Module = build_model_with_cfg(SmallResNet, name, pretrained, **shape, **kwargs)
-    return model
-
-
 CFG = {
     "url": "",
     "num_classes": 1000,
@@ -117,41 +118,19 @@ CFG = {
     "fixed_input_size": False,
     "min_input_size": (3, 8, 8),
 }
-NAMES = ("kd_resnet8_w8_s1", "kd_resnet8_w16_s2", "kd_resnet14_w32_s1", "kd_resnet14_w32_s2", "kd_resnet20_w16_s1", "kd_resnet56_w16_s1")
-default_cfgs = generate_default_cfgs(dict.fromkeys(NAMES, CFG))
+DEPTHS, WIDTHS, STRIDES = range(8, 111, 6), (8, 16, 32), (1, 2)
+SHAPES = {f"kd_resnet{depth}_w{width}_s{stride}": (depth, width, stride) for depth, width, stride in product(DEPTHS, WIDTHS, STRIDES)}
+default_cfgs = generate_default_cfgs(dict.fromkeys(SHAPES, CFG))
 
 
-@register_model
-def kd_resnet8_w8_s1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """23 k parameters at 100 classes; for images of 8 to 16 px."""
-    return _create("kd_resnet8_w8_s1", pretrained, kwargs, blocks=1, width=8, stem_stride=1)
+def _entry_point(name: str, depth: int, width: int, stride: int) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        shape: dict[str, Any] = {"blocks": (depth - 2) // 6, "width": width, "stem_stride": stride}
+        net: nn.Module = build_model_with_cfg(SmallResNet, name, pretrained, **shape, **kwargs)
+        return net
+
+    create.__name__ = name  # by which timm knows it
+    return register_model(create)
 
 
-@register_model
-def kd_resnet8_w16_s2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """84 k parameters at 100 classes; the default student, 24 to 32 px."""
-    return _create("kd_resnet8_w16_s2", pretrained, kwargs, blocks=1, width=16, stem_stride=2)
-
-
-@register_model
-def kd_resnet14_w32_s1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """0.7 M parameters; a teacher for 8 to 16 px."""
-    return _create("kd_resnet14_w32_s1", pretrained, kwargs, blocks=2, width=32, stem_stride=1)
-
-
-@register_model
-def kd_resnet14_w32_s2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """0.7 M parameters; the default teacher, 24 to 32 px."""
-    return _create("kd_resnet14_w32_s2", pretrained, kwargs, blocks=2, width=32, stem_stride=2)
-
-
-@register_model
-def kd_resnet20_w16_s1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The ResNet-20 of the CIFAR literature, with projection shortcuts."""
-    return _create("kd_resnet20_w16_s1", pretrained, kwargs, blocks=3, width=16, stem_stride=1)
-
-
-@register_model
-def kd_resnet56_w16_s1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """The ResNet-56 of the CIFAR literature, with projection shortcuts."""
-    return _create("kd_resnet56_w16_s1", pretrained, kwargs, blocks=9, width=16, stem_stride=1)
+globals().update({name: _entry_point(name, *shape) for name, shape in SHAPES.items()})

@@ -12,10 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 from kdlib.errors import refuse
-from kdlib.models import (
-    layouts,
-    resnet_small,  # noqa: F401 (the latter registers the small nets with timm)
-)
+from kdlib.models.checkpoints import load_weights
 from kdlib.models.features import stage_indices
 from projects.detection.settings import Recipe, Run
 
@@ -58,32 +55,10 @@ def build(key: str, run: Run, recipe: Recipe, root: Path) -> Backbone:
     """
     net, indices, widths = _create(f"{key}.model", run.model, recipe.drop_path)
     if run.weights is not None:
-        load(f"{key}.weights", root / Path(run.weights).expanduser(), net, run.model)
+        load_weights(f"{key}.weights", root / Path(run.weights).expanduser(), net, run.model, classes=None)
     net.prune_intermediate_layers(list(indices))
     freeze(net, recipe.frozen_stages)
     return Backbone(net, indices, widths, recipe.output_norms)
-
-
-def load(key: str, path: Path, net: nn.Module, model: str) -> None:
-    """Copy the weights of a file, in timm's layout or its authors', into a model, but for those of a classifier. Raises ``Refused``."""
-    if not path.is_file():
-        do = "correct the path (it counts from the folder of params.yaml), or write null to start from scratch"
-        raise refuse(key, str(path), "a .safetensors or .pth file", do)
-    cfg: Any = net.pretrained_cfg
-    heads = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else tuple(cfg["classifier"])
-    of_head = tuple(f"{head}." for head in heads)
-    try:
-        given, _ = layouts.unwrap(layouts.read(path))
-    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise refuse(key, str(path), f"weights of {model}", f"choose the model that they are of ({reason})") from error
-    own = {name: value for name, value in net.state_dict().items() if name.startswith(of_head)}
-    converted, _ = layouts.convert(given, net)
-    state = {name: value for name, value in converted.items() if not name.startswith(of_head)} | own
-    if found := layouts.differences(state, net):
-        do = f"choose the model that they are of ({found}; it looks like {layouts.looks_like(given)})"
-        raise refuse(key, str(path), f"weights of {model}", do)
-    net.load_state_dict(state)
 
 
 def freeze(net: nn.Module, stages: int) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from kdlib.errors import Refused, known
 from kdlib.files import read_json, write_text
-from kdlib.models import resnet_small
+from kdlib.models import NAMES
 from kdlib.models.build import Classifier
 from kdlib.study.report import stats
 from kdlib.study.training.experiment import Experiment
@@ -114,7 +114,7 @@ def card(experiment: Experiment, run: tuple[str, str, int], about: dict[str, Any
         "run": about["fingerprint"],
     }
     lines += ["| about | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
-    first = ["import kdlib.models  # registers this small net with timm"] if params.student in resnet_small.NAMES else []
+    first = ["import kdlib.models  # registers this net with timm"] if params.student in NAMES else []
     lines += ["```python", "import timm", *first, 'model = timm.create_model("local-dir:.", pretrained=True).eval()', "```", ""]
     lines += ["Images: un-normalised values in [0, 1], then mean and std of config.json.", ""]
     return "\n".join(lines)

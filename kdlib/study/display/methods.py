@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdlib.losses import HARD, METHODS, Method
 from kdlib.seed import generator, seed_torch
-from kdlib.types import Asks, Batch, Feature, Output, OutputShape, Terms
+from kdlib.types import Asks, Batch, Feature, Output, OutputShape, Setup, Terms
 
 CLASSES = ["ant", "bee", "cat"]
 STUDENT = OutputShape(3, 3, ((2, 4, 4), (2, 4, 4), (3, 2, 2), (3, 2, 2)))
@@ -50,7 +50,7 @@ def made(name: str, parameters: Mapping[str, float]) -> Method:
     with torch.random.fork_rng():
         seed_torch("toy", "adapters")
         method = METHODS[name](**parameters)
-        method.adapt(STUDENT, TEACHER, LABELS)
+        method.adapt(Setup(STUDENT, TEACHER, LABELS))
     return method
 
 
@@ -110,22 +110,11 @@ def values(name: str, parameters: Mapping[str, float]) -> pd.DataFrame:
 
 def gradient(name: str, parameters: Mapping[str, float]) -> Output:
     """Of a method's own terms (of the hard loss where it has none) by all that the student says; zero where it does not look."""
-    student = _leaves(said("student"))
+    student = said("student").map(lambda part: part.clone().requires_grad_())
     found = terms(made(name, parameters), student, said("teacher"), BATCH)
     own = [value for key, value in found.items() if key != "hard"] or list(found.values())
     torch.stack(own).sum().backward()
-
-    def of(leaf: Tensor | None) -> Tensor:
-        return torch.zeros(()) if leaf is None else torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-    maps, before = (tuple(of(leaf) for leaf in part or ()) for part in (student.maps, student.preactivations))
-    return Output(of(student.logits), of(student.embedding), maps, before)
-
-
-def _leaves(output: Output) -> Output:
-    maps, before = (tuple(stage.clone().requires_grad_() for stage in part or ()) for part in (output.maps, output.preactivations))
-    embedding = None if output.embedding is None else output.embedding.clone().requires_grad_()
-    return Output(output.logits.clone().requires_grad_(), embedding, maps, before)
+    return student.map(lambda leaf: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
 
 
 def answers() -> Figure:
@@ -141,13 +130,13 @@ def answers() -> Figure:
 def gradients(name: str, parameters: Mapping[str, float]) -> Figure:
     """``gradient`` as heat maps: of logits and embedding with sign, of a stage its size over the channels, for the first image."""
     found = gradient(name, parameters)
-    flat = {"logits": found.logits, "embedding": found.embedding}
+    flat = {"logits": found.logits, "embedding": found.need(Feature.EMBEDDING)}
     stages = {
         f"{what}\nstage {i + 1}, image 1": stage
-        for what, part in (("maps", found.maps), ("preactivations", found.preactivations))
-        for i, stage in enumerate(part or ())
+        for what, part in (("maps", found.need(Feature.MAPS)), ("preactivations", found.need(Feature.PREACTIVATIONS)))
+        for i, stage in enumerate(part)
     }
-    shown = [(what, part) for what, part in (flat | stages).items() if part is not None and part.abs().max() > 0]
+    shown = [(what, part) for what, part in (flat | stages).items() if part.abs().max() > 0]
     figure, axes = plt.subplots(1, max(1, len(shown)), figsize=(0.4 + 2.1 * max(1, len(shown)), 2.2), squeeze=False)
     for axis, (what, part) in zip(axes.flat, shown, strict=False):
         if part.ndim == 2:

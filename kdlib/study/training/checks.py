@@ -19,7 +19,7 @@ from kdlib.errors import FILE, Refused, known, refuse
 from kdlib.losses import METHODS
 from kdlib.models.build import build
 from kdlib.study.training.planned import methods_of, trials_of
-from kdlib.types import OutputShape
+from kdlib.types import OutputShape, Setup
 
 
 def check_names(study: Params) -> None:
@@ -164,7 +164,7 @@ def _check_methods(study: Params, name: str, student: OutputShape, teacher: Outp
             do = "remove it, or set mixup_alpha and cutmix_alpha to 0 (it learns from unmixed images alone)"
             raise refuse(place, found, f"{variant.method} under a recipe that does not mix", do)
         try:
-            method.adapt(student, teacher, torch.zeros(2, dtype=torch.int64))
+            method.adapt(Setup(student, teacher, torch.zeros(2, dtype=torch.int64)))
         except ValueError as error:
             raise Refused(f"{FILE}: {place}: {str(error).replace('found', f'found {variant.method} with', 1)}") from error
 

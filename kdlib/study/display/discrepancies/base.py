@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 Pair = tuple[float, float]  # measured there, measured here
+Measure = Callable[[], Pair]
 
 
 @dataclass(frozen=True)
@@ -17,15 +18,19 @@ class Disagreement:
     who: str  # repository and file, or paper
     instead: str  # what they compute instead
     measured: str  # which quantity, on which input; always a finite number: where a loss is not, the share that is
-    pair: Callable[[], Pair]
+    pair: Measure
 
 
-Add = Callable[[Callable[[], Pair]], None]
+def differs(
+    found: list[Disagreement], method: str, who: str, instead: str, measured: str = "the loss on the toy"
+) -> Callable[[Measure], Measure]:
+    """Adds the function below it, whose name says what the other implementation does, to those that are found."""
 
+    def add(pair: Measure) -> Measure:
+        found.append(Disagreement(method, who, instead, measured, pair))
+        return pair
 
-def differs(found: list[Disagreement], method: str, who: str, instead: str, measured: str = "the loss on the toy") -> Add:
-    """Adds the function below it to those that are found."""
-    return lambda pair: found.append(Disagreement(method, who, instead, measured, pair))
+    return add
 
 
 def drawn(images: int, numbers: int, std: float) -> tuple[Tensor, Tensor, Tensor]:

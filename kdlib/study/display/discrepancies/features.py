@@ -20,7 +20,7 @@ from kdlib.losses.sp import sp
 from kdlib.losses.vid import VID
 from kdlib.study.display import methods
 from kdlib.study.display.discrepancies.base import Disagreement, Pair, differs, drawn, share, slope
-from kdlib.types import Maps
+from kdlib.types import Feature, Maps
 
 FOUND: list[Disagreement] = []
 differ = partial(differs, FOUND)
@@ -29,14 +29,11 @@ RKD_CODE = "lenscloth/RKD metric/loss.py; Hao840/vanillaKD losses/rkd.py; torchd
 
 
 def _embeddings() -> tuple[Tensor, Tensor]:
-    student, teacher = methods.said("student").embedding, methods.said("teacher").embedding
-    assert student is not None
-    assert teacher is not None
-    return student, teacher
+    return methods.said("student").need(Feature.EMBEDDING), methods.said("teacher").need(Feature.EMBEDDING)
 
 
 def _maps() -> tuple[Maps, Maps]:
-    return methods.said("student").maps or (), methods.said("teacher").maps or ()
+    return methods.said("student").need(Feature.MAPS), methods.said("teacher").need(Feature.MAPS)
 
 
 def _made(name: str, **parameters: float) -> Method:
@@ -54,7 +51,7 @@ def _loss(method: Method, progress: float = 1.0) -> Tensor:
     "mean squared difference of two kernel matrices (Gaussian, gamma 0.4, Taylor series to p = 2)",
     "the loss on three features of the toy, at length 1",
 )
-def _() -> Pair:
+def kernel_matrices() -> Pair:
     student, teacher = (F.normalize(embedding[:, :3]) for embedding in _embeddings())
     a, b = (1 + 0.8 * f @ f.T + 0.8**2 / 2 * (f @ f.T).square() for f in (student, teacher))
     return float((torch.tensor(-0.8).exp() * (a - b)).square().mean()), float(cc(student, teacher))
@@ -73,7 +70,7 @@ class _Largest(TorchDispatchMode):
 
 
 @differ("rkd", RKD_CODE, "angles by way of all differences, (B, B, D)", "MB of the largest tensor: 64 embeddings of 2,048 features")
-def _() -> Pair:
+def angles_by_all_differences() -> Pair:
     student, teacher, _ = drawn(64, 2048, 1.0)
     with torch.no_grad(), _Largest() as there:
         for embedding in (student, teacher):
@@ -90,7 +87,7 @@ def _() -> Pair:
     "under autocast, distances from a Gram matrix in half precision, of embeddings that are not centred",
     "share of distances that stay above 0 in bf16: 64 embeddings of 512 features, 1 + noise of std 0.01",
 )
-def _() -> Pair:
+def distances_in_half_precision() -> Pair:
     f, others = 1 + drawn(64, 512, 0.01)[0], ~torch.eye(64, dtype=torch.bool)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         gram = f @ f.T
@@ -110,7 +107,7 @@ def _crd() -> CRD:
     "the positive is the image's older vector in the other model's bank, at first a random one",
     "the student's term in the first step on the toy, T = 0.07, 30 negatives",
 )
-def _() -> Pair:
+def positive_from_the_bank() -> Pair:
     method = _crd()
     student, teacher = (F.normalize(layer(of)) for layer, of in zip((method.student, method.teacher), _embeddings(), strict=True))
     pool = draw(method.step, 30, len(methods.LABELS))
@@ -129,7 +126,7 @@ def _() -> Pair:
     "a mixed image is written into the banks as the image that it was first",
     "how far mixed images move their rows of the student's bank, which have length 1",
 )
-def _() -> Pair:
+def mixed_images_in_the_banks() -> Pair:
     moved = []
     for told in (False, True):
         method = _crd()
@@ -145,7 +142,7 @@ def _() -> Pair:
     "warm-up by whole epochs, counted from 0: no loss at all in the first",
     "mean weight in the first of 10 epochs of 10 steps, warm-up of 1 epoch",
 )
-def _() -> Pair:
+def warmup_by_whole_epochs() -> Pair:
     method, steps = _made("reviewkd", warmup=0.1, mid=4.0), range(10)
     there = [min((step // 10) / 1, 1.0) for step in steps]
     here = [float((_loss(method, (step + 1) / 100) / _loss(method)).detach()) for step in steps]
@@ -158,7 +155,7 @@ def _() -> Pair:
     "a map that must shrink keeps one place of each cell (nearest): the others learn nothing",
     "share of the places of a 4 x 4 map that get a gradient from a 2 x 2 one",
 )
-def _() -> Pair:
+def nearest_place_when_shrinking() -> Pair:
     maps = torch.ones(1, 1, 4, 4)
     there = slope(lambda of: F.interpolate(of, (2, 2), mode="nearest").sum(), maps)
     return share(there != 0), share(slope(lambda of: resized(of, 2, 2).sum(), maps) != 0)
@@ -167,7 +164,7 @@ def _() -> Pair:
 @differ(
     "fitnet", "Romero et al., arXiv 1412.6550, the paper", "half the sum over channels and places", "3 channels of the toy's last stage"
 )
-def _() -> Pair:
+def half_the_sum() -> Pair:
     student, teacher = (maps[-1][:, :3] for maps in _maps())
     return float((student - teacher).square().sum(dim=(1, 2, 3)).mean() / 2), float(fitnet(student, teacher))
 
@@ -177,14 +174,14 @@ def _() -> Pair:
     "Zagoruyko, Komodakis, arXiv 1612.03928, the paper; torchdistill 1.1 ATLoss(mode='paper')",
     "the norm of the difference, not its mean square (the authors' code: szagoruyko/attention-transfer, issue 34)",
 )
-def _() -> Pair:
+def norm_of_the_difference() -> Pair:
     student, teacher = _maps()
     there = [(attention(a) - attention(b)).norm(dim=1).mean() for a, b in zip(student, teacher, strict=True)]
     return float(torch.stack(there).sum()), float(at(student, teacher))
 
 
 @differ("sp", "torchdistill 1.1 SPKDLoss", "rows of the Gram matrices at sum 1, not length 1 (dimension 1 is passed as p)")
-def _() -> Pair:
+def rows_at_sum_one() -> Pair:
     student, teacher = (maps[-1] for maps in _maps())
     a, b = (F.normalize(maps.flatten(1) @ maps.flatten(1).T, p=1.0, dim=1) for maps in (student, teacher))
     return float((a - b).square().mean()), float(sp(student, teacher))
@@ -196,7 +193,7 @@ def _() -> Pair:
     "the variances are in a plain list, where the optimiser never finds them",
     "mean variance after 50 steps of SGD at 0.1 on the toy, from 5",
 )
-def _() -> Pair:
+def variances_never_trained() -> Pair:
     found = []
     for trained in (False, True):
         method = _made("vid", variance=5.0)

@@ -32,20 +32,20 @@ def _said() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @differ("kd", "facebookresearch/deit losses.py; torch's kl_div unless told otherwise", "mean over images and classes: C times smaller")
-def _() -> Pair:
+def mean_over_classes_too() -> Pair:
     student, teacher, _ = _said()
     p, q = student.log_softmax(dim=1), teacher.log_softmax(dim=1)
     return float((q.exp() * (q - p)).mean()), float(kd(student, teacher, 1.0))
 
 
 @differ("kd", "torchdistill 1.1 KDLoss without a hard loss", "no factor T^2: T^2 times smaller", "the loss on the toy, T = 4")
-def _() -> Pair:
+def no_squared_temperature() -> Pair:
     student, teacher, _ = _said()
     return float(kd(student / 4, teacher / 4, 1.0)), float(kd(student, teacher, 4.0))
 
 
 @differ("dkd", DKD_CODE, LOG, SURE)
-def _() -> Pair:
+def tckd_by_log_of_softmax() -> Pair:
     student, teacher, labels = drawn(200, 10, 40.0)
     target = F.one_hot(labels, 10).bool()
     p, q = (torch.stack([of[target], (of * ~target).sum(dim=1)]) for of in (student.softmax(dim=1), teacher.softmax(dim=1)))
@@ -54,7 +54,7 @@ def _() -> Pair:
 
 
 @differ("dkd", DKD_CODE, "hide the label by subtracting 1000 from it", "NCKD: the label's logit is 1200, the others are 0, 1 and 1, 0")
-def _() -> Pair:
+def label_hidden_by_subtracting() -> Pair:
     student, teacher = torch.tensor([[1200.0, 0.0, 1.0]]), torch.tensor([[1200.0, 1.0, 0.0]])
     hide = torch.tensor([[1000.0, 0.0, 0.0]])
     return float(kd(student - hide, teacher - hide, 1.0)), float(dkd(student, teacher, torch.tensor([0]), 1.0)[1])
@@ -73,7 +73,7 @@ def _by_product(a: Tensor, b: Tensor) -> Tensor:
     "1e-8 beside the product of the norms: rare classes seem uncorrelated",
     "1 - correlation of a class with itself: probabilities of 1, 2 and 4 in a million",
 )
-def _() -> Pair:
+def epsilon_beside_the_norms() -> Pair:
     p = torch.tensor([[1e-6, 2e-6, 4e-6]])
     return float(1 - _by_product(p, p)), float(1 - pearson(p, p))
 
@@ -84,7 +84,7 @@ def _() -> Pair:
     "in the precision of the logits: in fp16 the 1e-8 is 0, and 0 / 0 follows",
     "share of finite correlations: 1,000 classes of 64 images, logits of std 10 in fp16",
 )
-def _() -> Pair:
+def correlation_in_half_precision() -> Pair:
     p, q = (logits.half().softmax(dim=1).T for logits in drawn(64, 1000, 10.0)[:2])
     return share(_by_product(p, q).isfinite()), share(pearson(p.float(), q.float()).isfinite())
 
@@ -95,14 +95,14 @@ def _() -> Pair:
     "KL is a sum over the classes, BKL their mean: its gradient is smaller by about their number",
     "length of the gradient: 64 images, 100 logits of std 1, moved so that softmax is near sigmoid",
 )
-def _() -> Pair:
+def kl_at_the_same_weight() -> Pair:
     student, teacher = (logits.log_softmax(dim=1) for logits in drawn(64, 100, 1.0)[:2])
     there, here = slope(lambda logits: kd(logits, teacher, 1.0), student), slope(lambda logits: bkl(logits, teacher), student)
     return float(there.norm()), float(here.norm())
 
 
 @differ("nkd", "yzd-v/cls_KD nkd.py at 1c2c0ff, and its copies", "masks no class: the label counts among the others", "others, on the toy")
-def _() -> Pair:
+def no_class_masked() -> Pair:
     student, teacher, labels = _said()
     return float(F.cross_entropy(student, teacher.softmax(dim=1))), float(nkd(student, teacher, labels, 1.0)[1])
 
@@ -112,20 +112,20 @@ def _by_sample(logits: Tensor) -> Tensor:
 
 
 @differ("lskd", LSKD_CODE, "standard deviation of a sample: C - 1 instead of C", "the loss on the toy, T = 2")
-def _() -> Pair:
+def deviation_of_a_sample() -> Pair:
     student, teacher, _ = _said()
     return float(kd(_by_sample(student), _by_sample(teacher), 2.0)), float(lskd(student, teacher, 2.0))
 
 
 @differ("lskd", LSKD_CODE, "1e-7 beside the standard deviation", "length of the gradient by logits that are 1e-6, 0 and 0")
-def _() -> Pair:
+def epsilon_beside_the_deviation() -> Pair:
     teacher, still = torch.tensor(methods.TEACHER_LOGITS), torch.tensor([[1e-6, 0.0, 0.0]]).repeat(4, 1)
     there = slope(lambda logits: kd(_by_sample(logits), _by_sample(teacher), 2.0), still)
     return float(there.norm()), float(slope(lambda logits: lskd(logits, teacher, 2.0), still).norm())
 
 
 @differ("ofa", "Hao840/OFAKD distillers/ofa.py", LOG, SURE)
-def _() -> Pair:
+def ofa_by_log_of_softmax() -> Pair:
     student, teacher, labels = drawn(200, 10, 40.0)
     target = F.one_hot(labels, 10)
     there = ((target - (teacher.softmax(dim=1) + target) ** 1.5) * student.softmax(dim=1).log()).sum(dim=1)

@@ -1,10 +1,16 @@
-"""The target class and the others: what DKD and NKD tell apart."""
+"""What losses on logits share: a KL of log-probabilities, and the target class and the others, which DKD and NKD tell apart."""
 
 import torch
-from jaxtyping import Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kdlib.types import Logits
+
+
+def kl(student_logp: Logits, teacher_logp: Logits) -> Float[Tensor, ""]:
+    """KL(teacher || student) of log-probabilities: sum over classes, mean over the batch, in nats."""
+    return F.kl_div(student_logp, teacher_logp, reduction="batchmean", log_target=True)
 
 
 def others_of(logits: Logits, labels: Int[Tensor, " batch"]) -> Logits:
