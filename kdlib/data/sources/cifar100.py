@@ -9,7 +9,7 @@ from torchvision.datasets import CIFAR100
 
 from kdlib.config.schema import Cifar100
 from kdlib.data.dataset import BLOCK, SPLITS, Content, Images
-from kdlib.data.paths import place
+from kdlib.data.paths import resolve_path
 from kdlib.data.splits import stratified_split
 from kdlib.errors import refuse
 
@@ -17,7 +17,7 @@ from kdlib.errors import refuse
 def contents(name: str, params: Cifar100) -> Content:
     """Train and val are a stratified split of the official training split by ``params.seed``; test is the official test split."""
     key = f"data.{name}.path"
-    root = place(key, params.path)
+    root = resolve_path(key, params.path)
     if not root.is_dir() and not params.download:
         raise refuse(key, str(root), "a folder that holds cifar-100-python/", "correct the path, or set download: true")
     train, test = (_read(key, root, official, params.download) for official in (True, False))

@@ -12,19 +12,18 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key
 
 from kdlib.data.dataset import BLOCK, Images
-from kdlib.data.paths import check_layout
+from kdlib.data.paths import check_folder, check_layout
 from kdlib.data.splits import Labels
 from kdlib.errors import refuse
 
 
-def find(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
-    """Class names in natural order, the image files below ``root/<class>/`` sorted by class and name, and their classes.
+def list_images(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
+    """List the class names in natural order, the image files below ``root/<class>/`` sorted by class and name, and their classes.
 
     Files without an image's extension are ignored, as timm does. Raises ``Refused`` about ``key`` for a missing folder, an empty class,
     fewer than two classes, an image outside of the class folders or deeper within them (timm would name its class by the innermost folder).
     """
-    if not root.is_dir():
-        raise refuse(key, str(root), "a folder that exists", "correct the path")
+    check_folder(key, root, "a folder that exists")
     files = sorted(Path(file) for file, _ in find_images_and_targets(str(root), sort=False)[0])
     for file in files:
         if file.parent.parent != root:
@@ -42,25 +41,26 @@ def find(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
     return names, [str(file) for file in files], np.array([rank[file.parent.name] for file in files], np.int64)
 
 
-def official(key: str, root: Path) -> tuple[list[str], dict[str, tuple[list[str], Labels]]]:
-    """Class names of ImageNet's layout, and of ``train`` and ``val`` the files with their classes.
+def list_train_val(key: str, root: Path) -> tuple[list[str], dict[str, tuple[list[str], Labels]]]:
+    """List the class names of ImageNet's layout, and of ``train`` and ``val`` the files with their classes.
 
-    Raises ``Refused`` about ``key`` where ``find`` does, and if the two have not the same classes.
+    Raises ``Refused`` about ``key`` where ``list_images`` does, and if the two have not the same classes.
     """
     check_layout(key, root)
-    found = {part: find(key, root / part) for part in ("train", "val")}
-    same_classes(key, found["train"][0], found["val"][0])
-    return found["train"][0], {part: (files, labels) for part, (_, files, labels) in found.items()}
+    names, files, labels = list_images(key, root / "train")
+    val_names, val_files, val_labels = list_images(key, root / "val")
+    check_same_classes(key, names, val_names)
+    return names, {"train": (files, labels), "val": (val_files, val_labels)}
 
 
-def same_classes(key: str, train: Collection[str], val: Collection[str]) -> None:
-    """Raises ``Refused`` about ``key`` for a class that only one of the two has."""
+def check_same_classes(key: str, train: Collection[str], val: Collection[str]) -> None:
+    """Raise ``Refused`` about ``key`` for a class that only one of the two has."""
     if odd := sorted(set(train) ^ set(val)):
         raise refuse(key, f"{odd[0]} in only one of train/ and val/", "the same classes in both", "add its images or remove the class")
 
 
-def decode(key: str, file: str, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """RGB; the short side resized to ``size`` (bicubic, antialiased), the centre cut out: in one step, exact at native size.
+def decode_square(key: str, file: str, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Decode to RGB, the short side resized to ``size`` (bicubic, antialiased), the centre cut out: in one step, exact at native size.
 
     Raises ``Refused`` about ``key``, naming the file.
     """
@@ -75,10 +75,10 @@ def decode(key: str, file: str, size: int) -> UInt8[np.ndarray, "size size 3"]:
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side)))
 
 
-def decode_all(key: str, files: Sequence[str], size: int) -> Iterator[Images]:
-    """Decoded blocks in order, by as many threads as there are cores (Pillow lets go of the interpreter while it decodes)."""
+def decode_squares(key: str, files: Sequence[str], size: int) -> Iterator[Images]:
+    """Decode in blocks, in order, by as many threads as there are cores (Pillow lets go of the interpreter while it decodes)."""
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     step = max(4 * workers, BLOCK // (size * size * 3))
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(files), step):
-            yield np.stack(list(pool.map(lambda file: decode(key, file, size), files[start : start + step])))
+            yield np.stack(list(pool.map(lambda file: decode_square(key, file, size), files[start : start + step])))

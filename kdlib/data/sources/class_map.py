@@ -8,8 +8,8 @@ from kdlib.errors import refuse
 SHOWN = 5  # names that a refusal lists
 
 
-def read(key: str, file: Path) -> list[str]:
-    """The names, by number. Raises ``Refused`` about ``key`` for a file that is not of this form."""
+def read_class_map(key: str, file: Path) -> list[str]:
+    """Read the names, by number. Raises ``Refused`` about ``key`` for a file that is not of this form."""
     try:
         lines = [line.split() for line in file.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -23,14 +23,11 @@ def read(key: str, file: Path) -> list[str]:
     return sorted(names, key=names.__getitem__)
 
 
-def check(key: str, names: Collection[str], found: Collection[str]) -> None:
-    """Raises ``Refused`` about ``key`` if the images are not of just these classes."""
+def check_classes(key: str, names: Collection[str], found: Collection[str]) -> None:
+    """Raise ``Refused`` about ``key`` if the images are not of just these classes."""
     missing, unexpected = sorted(set(names) - set(found)), sorted(set(found) - set(names))
     if missing or unexpected:
-        odd = [
-            f"{len(which)} {what}: {', '.join(which[:SHOWN])}"
-            for what, which in (("missing", missing), ("unexpected", unexpected))
-            if which
-        ]
+        kinds = {"missing": missing, "unexpected": unexpected}
+        odd = [f"{len(which)} {kind}: {', '.join(which[:SHOWN])}" for kind, which in kinds.items() if which]
         do = "correct the file, or set class_map to null for the natural order of the folders"
         raise refuse(key, f"{len(names)} classes for images of {len(set(found))}", f"the classes of the images ({'; '.join(odd)})", do)
