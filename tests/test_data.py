@@ -199,7 +199,7 @@ def test_facts_are_those_of_the_training_split(tmp_path: Path) -> None:
 def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tree(tmp_path / "in", ["a", "b", "c"], 8)
     whole = sources.prepare("pets", folder(tmp_path / "in"), tmp_path / "whole", progress=False)
-    monkeypatch.setattr("kdlib.data.sources.class_folders.BLOCK", 1)
+    monkeypatch.setattr("kdlib.data.sources.folder.BLOCK", 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
     parts = sources.prepare("pets", folder(tmp_path / "in"), tmp_path / "parts", progress=False)
     assert whole.fingerprint == parts.fingerprint

@@ -66,7 +66,7 @@ TIMM = {"augment": "timm", "crop_min_area": 0.5, "randaugment": {"operations": 2
 
 def test_views_are_timms_to_the_pixel() -> None:
     images = position_images()[:5]
-    found = timm_pil.transform_images(images, recipe(**TIMM), 0.5, timm_pil.draw_names(3, 7, len(images)))
+    found = timm_pil.transform_images(images, recipe(**TIMM), 0.5, timm_pil.view_keys(3, 7, len(images)))
     transform = timm_pil._transform(0.5, recipe(**TIMM).randaugment, 0.5, (15, 11))
     for i, image in enumerate(images):
         with global_draws(3, "timm", 7, i):

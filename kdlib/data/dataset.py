@@ -134,8 +134,8 @@ def _check_room(key: str, parent: Path, content: Content, progress: bool) -> Non
         print(f"{key}: {content.count:,} images of {shape} {take} {content.nbytes / 1e9:.3g} GB in {parent}")
 
 
-def _no_room(key: str, found: str, content: Content) -> Refused:
-    return refuse(key, found, f"at least {content.nbytes / 1e9:.3g} GB", "free some, or choose a smaller size or fewer images")
+def _no_room(key: str, free: str, content: Content) -> Refused:
+    return refuse(key, free, f"at least {content.nbytes / 1e9:.3g} GB", "free some, or choose a smaller size or fewer images")
 
 
 def _fill(folder: Path, name: str, params: DataSource, content: Content, progress: bool) -> None:

@@ -34,5 +34,5 @@ def check_layout(key: str, root: Path) -> None:
     missing = [name for name in ("train", "val") if not (root / name).is_dir()]
     if missing:
         present = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
-        found = f"no {' and no '.join(str(root / name) for name in missing)}, but {present}"
-        raise refuse(key, found, LAYOUT, "correct the path")
+        fault = f"no {' and no '.join(str(root / name) for name in missing)}, but {present}"
+        raise refuse(key, fault, LAYOUT, "correct the path")

@@ -32,11 +32,11 @@ def stratified_split(labels: Labels, shares: Sequence[float], seed: int, key: st
     for label, members in _by_class(labels):
         counts = [max(1, round(share * len(members))) for share in shares]
         if sum(counts) >= len(members):
-            found = f"{len(members)} images of class {names[label]!r}, of which {sum(counts)} are to be held out"
-            raise refuse(key, found, "at least one image of every class left to train on", "hold out less, or add images")
+            fault = f"{len(members)} images of class {names[label]!r}, of which {sum(counts)} are to be held out"
+            raise refuse(key, fault, "at least one image of every class left to train on", "hold out less, or add images")
         order = generator(seed, "split", label).permutation(members)
-        for part, members_of_part in zip(parts[1:] + parts[:1], np.split(order, np.cumsum(counts)), strict=True):
-            part.append(members_of_part)
+        for part, share_members in zip(parts[1:] + parts[:1], np.split(order, np.cumsum(counts)), strict=True):
+            part.append(share_members)
     return [np.sort(np.concatenate(part)) for part in parts]
 
 

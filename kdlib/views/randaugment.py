@@ -101,6 +101,7 @@ def equalize(images: Levels, _: PerImage) -> Levels:
 
 
 def invert(images: Levels, _: PerImage) -> Levels:
+    """Turn dark into light."""
     return 255 - images
 
 

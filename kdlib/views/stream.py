@@ -53,7 +53,7 @@ class ViewStream:
     def batch(self, step: int, group: int = 0) -> Batch:
         """Make the views of one group of a step, both counted from 0: float32 in [0, 1], channels_last."""
         recipe, images = self.recipe, self.images
-        number = step * recipe.groups + group
+        number = step * recipe.groups + group  # over all steps
         positions = self.positions(step, group)
         rng = generator(self.seed, "views", number)
         rows = np.asarray(self.index[positions], np.int64)
@@ -64,9 +64,9 @@ class ViewStream:
                 crops, _ = crop.draw_cuts(rng, recipe, self.hflip, images.size, images.sides(rows))
                 levels = crop.shift_and_flip(levels, crops.shifts, crops.flips)
         elif recipe.augment == "timm":
-            names = timm_pil.draw_names(self.seed, number, len(rows))
+            keys = timm_pil.view_keys(self.seed, number, len(rows))
             pixels = torch.as_tensor(images[rows]).numpy(force=True)
-            levels = to_device(timm_pil.transform_images(pixels, recipe, self.hflip, names), self.device)
+            levels = to_device(timm_pil.transform_images(pixels, recipe, self.hflip, keys), self.device)
         else:
             levels = (
                 images[to_device(rows, self.device)] if isinstance(images, Tensor) else to_device(np.asarray(images[rows]), self.device)
@@ -94,7 +94,7 @@ class ViewStream:
             number = step * recipe.groups + group
             rows = np.asarray(self.index[self.positions(step, group)], np.int64)
             if recipe.augment == "timm":
-                return rows, timm_pil.draw_names(self.seed, number, len(rows))
+                return rows, timm_pil.view_keys(self.seed, number, len(rows))
             rng = generator(self.seed, "views", number)
             return rows, crop.draw_cuts(rng, recipe, self.hflip, images.size, images.sides(rows))[1]
 
@@ -104,7 +104,7 @@ class ViewStream:
         return DecodePrefetch(images, wanted, decode, local_groups(recipe.groups))
 
     def positions(self, step: int, group: int = 0) -> Int[np.ndarray, " batch"]:
-        """Which entries of ``index`` a group of this step holds: of two passes where it runs on from one into the next."""
+        """Positions in ``index`` that a group of this step holds: of two passes where it runs on from one into the next."""
         recipe, subset = self.recipe, len(self.index)
         views = np.arange(step * recipe.batch_size + group, (step + 1) * recipe.batch_size, recipe.groups)
         images = views // recipe.repeats

@@ -21,30 +21,30 @@ Keys = tuple[int | str, ...]
 Pixels = UInt8[np.ndarray, "batch height width channels"]
 
 
-def draw_names(seed: int, group: int, views: int) -> list[Keys]:
-    """Names of the draws of each view of a group of the stream, counted over all steps; nothing drawn before changes them."""
+def view_keys(seed: int, group: int, views: int) -> list[Keys]:
+    """The keys of each view's draws; ``group``: of the stream, counted over all steps. Nothing drawn before matters."""
     return [(seed, "timm", group, view) for view in range(views)]
 
 
-def transform_images(images: Pixels, recipe: Recipe, hflip: float, names: Sequence[Keys]) -> Pixels:
-    """Make a view of each image by the draws of these names."""
+def transform_images(images: Pixels, recipe: Recipe, hflip: float, keys: Sequence[Keys]) -> Pixels:
+    """Make a view of each image by the draws of its keys."""
     _, height, width, channels = images.shape
     colours = (Image.fromarray(np.broadcast_to(image, (height, width, 3))) for image in images)
-    views = [transform_image(colour, recipe, hflip, (height, width), keys) for colour, keys in zip(colours, names, strict=True)]
+    views = [transform_image(colour, recipe, hflip, (height, width), key) for colour, key in zip(colours, keys, strict=True)]
     return np.stack(views)[..., :channels]
 
 
 def transform_files(units: Sequence[tuple[ByteRange, Sequence[Keys]]], recipe: Recipe, hflip: float, size: int) -> Pixels:
-    """Make the views of each unit, named by their keys, in order. Each image is decoded once. Raises ``Changed``."""
-    decoded = ((decode(read_bytes(source))[0], names) for source, names in units)
-    return np.stack([transform_image(image, recipe, hflip, (size, size), keys) for image, names in decoded for keys in names])
+    """Make the views of each unit by the draws of their keys, in order. Each image is decoded once. Raises ``Changed``."""
+    decoded = ((decode(read_bytes(source))[0], keys) for source, keys in units)
+    return np.stack([transform_image(image, recipe, hflip, (size, size), key) for image, keys in decoded for key in keys])
 
 
 def transform_image(
-    image: Image.Image, recipe: Recipe, hflip: float, sides: tuple[int, int], keys: Keys
+    image: Image.Image, recipe: Recipe, hflip: float, sides: tuple[int, int], key: Keys
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Make one view, of these sides, of a colour image of any."""
-    with global_draws(*keys):
+    with global_draws(*key):
         planes = np.asarray(_transform(recipe.crop_min_area, recipe.randaugment, hflip, sides)(image))
     return planes.transpose(1, 2, 0)
 

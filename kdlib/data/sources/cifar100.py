@@ -39,5 +39,5 @@ def _read(key: str, root: Path, official_train: bool, download: bool) -> CIFAR10
     try:
         return CIFAR100(str(root), train=official_train, download=download)
     except (RuntimeError, OSError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        found = f"{root}: {' '.join(str(error).split())}"
-        raise refuse(key, found, "a whole cifar-100-python/", "unpack the archive anew, or set download: true") from error
+        fault = f"{root}: {' '.join(str(error).split())}"
+        raise refuse(key, fault, "a whole cifar-100-python/", "unpack the archive anew, or set download: true") from error

@@ -56,8 +56,8 @@ def _column(key: str, features: dict[str, Any], kind: type) -> str:
     """The name of the only column of a kind."""
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(names) != 1:
-        found = f"{len(names)} columns of kind {kind.__name__} among {', '.join(features)}"
-        raise refuse(key, found, "one of Image and one of ClassLabel", "select_columns, then save_to_disk")
+        fault = f"{len(names)} columns of kind {kind.__name__} among {', '.join(features)}"
+        raise refuse(key, fault, "one of Image and one of ClassLabel", "select_columns, then save_to_disk")
     return names[0]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from kdlib.config.schema import Imagenet
 from kdlib.data.dataset import SPLITS, Content, Images
 from kdlib.data.paths import resolve_path
-from kdlib.data.sources.class_folders import decode_squares, list_train_val
+from kdlib.data.sources.folder import decode_squares, list_train_val
 from kdlib.data.splits import stratified_split
 
 

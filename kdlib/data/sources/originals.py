@@ -18,7 +18,7 @@ from kdlib.data.dataset import SPLITS, Content
 from kdlib.data.lazy_images import BYTE_RANGE, Listing
 from kdlib.data.paths import check_layout, resolve_path
 from kdlib.data.sources import class_map, huggingface
-from kdlib.data.sources.class_folders import check_same_classes, list_train_val
+from kdlib.data.sources.folder import check_same_classes, list_train_val
 from kdlib.data.splits import stratified_split
 from kdlib.decoding import pixels, shards
 from kdlib.decoding.pool import pool

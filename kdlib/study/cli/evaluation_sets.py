@@ -16,7 +16,7 @@ from typing import Any
 
 from timm.data.imagenet_info import ImageNetInfo
 
-from kdlib.data.sources.class_folders import list_images
+from kdlib.data.sources.folder import list_images
 from kdlib.errors import known, refuse, some
 
 Answers = tuple[int, ...]  # classes that are right for one image
