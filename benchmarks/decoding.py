@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from kdlib import config
 from kdlib.config.schema import Originals, Recipe
-from kdlib.data.dataset import DataSet, load
+from kdlib.data.dataset import DataSet, load_dataset
 from kdlib.data.sources import prepare
 from kdlib.decoding.pool import spare
 from kdlib.views.stream import ViewStream
@@ -55,14 +55,14 @@ def listed(path: Path, folder: Path) -> DataSet:
         seed=0, hflip=0.5,
     )  # fmt: skip
     prepare("net", params, folder / "net")
-    return load(folder / "net")
+    return load_dataset(folder / "net")
 
 
 def ours(data: DataSet, recipe: Recipe) -> Step:
     every = np.arange(len(data.train.labels))
     stream = ViewStream(data.train.images, data.train.labels, every, classes=CLASSES, recipe=recipe, hflip=0.5, seed=0)
     numbers = itertools.count()
-    return lambda: stream.reading.levels(next(numbers), 0)
+    return lambda: stream.prefetch.levels(next(numbers), 0)
 
 
 def timms(path: Path, recipe: Recipe, workers: int) -> Step:

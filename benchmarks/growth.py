@@ -20,7 +20,7 @@ from pages import Row, about, heading, parser, ratio, write_with_page
 from peers import Ours, Task
 
 from kdlib.config.schema import Fractals, Launch
-from kdlib.data.dataset import load
+from kdlib.data.dataset import load_dataset
 from kdlib.data.sources import prepare
 from kdlib.parallel.launch import run_distributed
 from kdlib.parallel.ranks import rank
@@ -36,11 +36,11 @@ class OnDisk(Task):
 
     @cached_property
     def pixels(self) -> np.ndarray:
-        return load(self.folder).train.images
+        return load_dataset(self.folder).train.images
 
     @cached_property
     def labels(self) -> np.ndarray:
-        return load(self.folder).train.labels
+        return load_dataset(self.folder).train.labels
 
 
 def fractals(images: int, folder: Path, task: Task) -> OnDisk:

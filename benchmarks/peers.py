@@ -140,8 +140,8 @@ class PilViews(Dataset[tuple[np.ndarray, int]]):
         """Of one batch; drawn once for it in each worker."""
         if getattr(self, "_at", None) != step:
             task = self.task
-            crops = crop.draw(generator(0, "views", step), task.recipe, 0.5, (task.batch, task.size, task.size))
-            self._at, self._kept = step, (self.stream.places(step), crops)
+            crops = crop.draw_crops(generator(0, "views", step), task.recipe, 0.5, (task.batch, task.size, task.size))
+            self._at, self._kept = step, (self.stream.positions(step), crops)
         return self._kept
 
 

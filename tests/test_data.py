@@ -199,7 +199,7 @@ def test_facts_are_those_of_the_training_split(tmp_path: Path) -> None:
 def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tree(tmp_path / "in", ["a", "b", "c"], 8)
     whole = sources.prepare("pets", folder(tmp_path / "in"), tmp_path / "whole", progress=False)
-    monkeypatch.setattr("kdlib.data.sources.class_folders.BLOCK", 1)
+    monkeypatch.setattr("kdlib.data.sources.folder.BLOCK", 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
     parts = sources.prepare("pets", folder(tmp_path / "in"), tmp_path / "parts", progress=False)
     assert whole.fingerprint == parts.fingerprint
@@ -223,7 +223,7 @@ def test_the_fingerprint_knows_the_labels(tmp_path: Path) -> None:
         content = dataset.Content(
             ["a", "b"], 8, 3, dict.fromkeys(PARTS, labels), lambda _: iter([np.stack([picture(0, 0), picture(0, 1)])])
         )
-        made.append(dataset.write(tmp_path / "x", "x", DIGITS, content, progress=False).fingerprint)
+        made.append(dataset.write_dataset(tmp_path / "x", "x", DIGITS, content, progress=False).fingerprint)
     assert made[0] != made[1]
 
 
@@ -241,7 +241,7 @@ def test_preparing_again_replaces_the_folder_and_what_a_killed_process_left(tmp_
     (tmp_path / ".digits.partial" / "train_images.npy").write_bytes(b"half")
     other = DIGITS.model_copy(update={"seed": 1})
     made = sources.prepare("digits", other, tmp_path / "digits", progress=False)
-    assert dataset.load(tmp_path / "digits").fingerprint == made.fingerprint
+    assert dataset.load_dataset(tmp_path / "digits").fingerprint == made.fingerprint
     assert {path.name for path in tmp_path.iterdir()} <= {"digits", ".digits.lock"}
 
 
@@ -327,7 +327,7 @@ def test_held_out_parts_that_leave_nothing_are_refused(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_refused_before_and_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources.prepare("digits", DIGITS, tmp_path / "digits", progress=False)
-    before = dataset.load(tmp_path / "digits").fingerprint
+    before = dataset.load_dataset(tmp_path / "digits").fingerprint
     other = DIGITS.model_copy(update={"seed": 1})
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
@@ -341,7 +341,7 @@ def test_a_disk_without_room_is_refused_before_and_while_writing(tmp_path: Path,
         patch.setattr(dataset, "_write_images", _raise(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             sources.prepare("digits", other, tmp_path / "digits", progress=False)
-    assert dataset.load(tmp_path / "digits").fingerprint == before
+    assert dataset.load_dataset(tmp_path / "digits").fingerprint == before
     assert {path.name for path in tmp_path.iterdir()} <= {"digits", ".digits.lock"}
 
 
@@ -375,7 +375,7 @@ def test_an_incomplete_data_set_folder_is_refused(tmp_path: Path, what: str) -> 
     sources.prepare("digits", DIGITS, tmp_path / "digits", progress=False)
     INCOMPLETE[what](tmp_path / "digits")
     with pytest.raises(Refused, match=r"^params\.yaml: data\.digits: found [^\n]*run the data stage again$"):
-        dataset.load(tmp_path / "digits")
+        dataset.load_dataset(tmp_path / "digits")
 
 
 # Splitting

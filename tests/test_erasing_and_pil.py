@@ -22,7 +22,7 @@ BATCH, HEIGHT, WIDTH = 4000, 24, 20
 
 def test_boxes_have_timms_distribution() -> None:
     """Area, aspect and place, as whole pixels; how many are erased."""
-    ours = erasing.draw(np.random.default_rng(0), 0.5, (BATCH, HEIGHT, WIDTH))
+    ours = erasing.draw_erasures(np.random.default_rng(0), 0.5, (BATCH, HEIGHT, WIDTH))
     theirs = []
     random.seed(0)
     erase = RandomErasing(probability=0.5, mode="const", device="cpu")
@@ -43,7 +43,7 @@ def test_boxes_have_timms_distribution() -> None:
 def test_the_box_is_grey_and_nothing_else() -> None:
     images = torch.rand(3, 2, 6, 5)
     boxes = np.array([[1, 0, 0], [2, 0, 4], [3, 0, 6], [2, 0, 1]])
-    found = erasing.apply(images, boxes)
+    found = erasing.erase(images, boxes)
     assert (found[0, :, 1:4, 2:4] == erasing.FILL).all()
     assert (found[2, :, :, 4] == erasing.FILL).all()
     images[0, :, 1:4, 2:4] = images[2, :, :, 4] = erasing.FILL
@@ -66,7 +66,7 @@ TIMM = {"augment": "timm", "crop_min_area": 0.5, "randaugment": {"operations": 2
 
 def test_views_are_timms_to_the_pixel() -> None:
     images = position_images()[:5]
-    found = timm_pil.views(images, recipe(**TIMM), 0.5, (3, "timm", 7))
+    found = timm_pil.transform_images(images, recipe(**TIMM), 0.5, timm_pil.view_keys(3, 7, len(images)))
     transform = timm_pil._transform(0.5, recipe(**TIMM).randaugment, 0.5, (15, 11))
     for i, image in enumerate(images):
         with global_draws(3, "timm", 7, i):

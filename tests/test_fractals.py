@@ -46,7 +46,7 @@ def reference_image(maps: list[list[float]], draws: list[float], size: int) -> l
 
 @pytest.mark.parametrize("label", range(4))
 def test_an_image_is_the_chaos_game_of_its_jittered_maps(label: int) -> None:
-    drawn = fractals.system(PARAMS.seed, label)
+    drawn = fractals.draw_system(PARAMS.seed, label)
     draws = generator(PARAMS.seed, "fractals", "train", label, 5).random(drawn.size + BURN_IN + PARAMS.points)
     maps = []
     for row, noise in zip(drawn.tolist(), (2 * draws[: drawn.size] - 1).reshape(-1, 6).tolist(), strict=True):
@@ -57,15 +57,15 @@ def test_an_image_is_the_chaos_game_of_its_jittered_maps(label: int) -> None:
         right = np.array([[math.cos(phi), -math.sin(phi)], [math.sin(phi), math.cos(phi)]])
         matrix = left @ np.diag([s1, s2]) @ right
         maps.append([round(v * 2**20) / 2**20 for v in (*matrix.ravel().tolist(), row[4] + spread[4], row[5] + spread[5])])
-    image = fractals.images(PARAMS, drawn, ("train", label), range(5, 6))[0, :, :, 0]
+    image = fractals.render_images(PARAMS, drawn, ("train", label), range(5, 6))[0, :, :, 0]
     expected = reference_image(maps, draws[drawn.size :].tolist(), PARAMS.size)
     np.testing.assert_array_equal(image, expected)
 
 
 def test_images_do_not_depend_on_how_they_are_divided() -> None:
-    drawn = fractals.system(PARAMS.seed, 1)
-    whole = fractals.images(PARAMS, drawn, ("val", 1), range(9))
-    parts = [fractals.images(PARAMS, drawn, ("val", 1), range(start, min(start + 2, 9))) for start in (8, 6, 4, 2, 0)]
+    drawn = fractals.draw_system(PARAMS.seed, 1)
+    whole = fractals.render_images(PARAMS, drawn, ("val", 1), range(9))
+    parts = [fractals.render_images(PARAMS, drawn, ("val", 1), range(start, min(start + 2, 9))) for start in (8, 6, 4, 2, 0)]
     np.testing.assert_array_equal(whole, np.concatenate(parts[::-1]))
     assert len(np.unique(whole.reshape(9, -1), axis=0)) == 9
 
@@ -99,23 +99,23 @@ def test_splits_seeds_and_classes_give_other_images_but_size_gives_other_renderi
 
 
 def test_without_jitter_every_image_shows_the_class_s_own_maps() -> None:
-    drawn = fractals.system(0, 0)
-    still = fractals.jittered(drawn, np.zeros((2, *drawn.shape)))
+    drawn = fractals.draw_system(0, 0)
+    still = fractals.jitter(drawn, np.zeros((2, *drawn.shape)))
     np.testing.assert_array_equal(still, np.stack([drawn, drawn]))
 
 
 def test_systems_are_contractive_within_the_published_bound_and_look_neither_empty_nor_full() -> None:
     for label in range(100):
-        drawn = fractals.system(0, label)
+        drawn = fractals.draw_system(0, label)
         maps = len(drawn)
         assert 2 <= maps <= 4
         noise = generator(0, "test", label).uniform(-1, 1, (50, *drawn.shape))
-        matrices = fractals.coefficients(fractals.jittered(drawn, noise))[..., :4].reshape(-1, 2, 2)
+        matrices = fractals.coefficients(fractals.jitter(drawn, noise))[..., :4].reshape(-1, 2, 2)
         assert np.linalg.svd(matrices, compute_uv=False).max() < 0.951
         values = np.linalg.svd(fractals.coefficients(drawn[None])[0, :, :4].reshape(-1, 2, 2), compute_uv=False)
         assert (5 + maps) / 2 - 1e-4 <= (values @ [1, 2]).sum() <= (6 + maps) / 2 + 1e-4
         params = PARAMS.model_copy(update={"jitter": 0.0, "points": 1000, "size": 32})
-        share = np.count_nonzero(fractals.images(params, drawn, ("test", label), range(20))) / 20 / 900
+        share = np.count_nonzero(fractals.render_images(params, drawn, ("test", label), range(20))) / 20 / 900
         assert 0.1 < share < 0.6
 
 
@@ -132,8 +132,8 @@ def test_classes_are_recognisable_and_not_trivial(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("points", [1, 2])
 def test_a_degenerate_image_is_still_an_image(points: int) -> None:
-    drawn = fractals.system(0, 0)
-    images = fractals.images(PARAMS.model_copy(update={"points": points}), drawn, ("train", 0), range(3))
+    drawn = fractals.draw_system(0, 0)
+    images = fractals.render_images(PARAMS.model_copy(update={"points": points}), drawn, ("train", 0), range(3))
     assert (images.reshape(3, -1).max(1) == 255).all()
     assert (np.count_nonzero(images.reshape(3, -1), axis=1) <= points).all()
 
@@ -163,8 +163,9 @@ def _prepare_elsewhere(folder: Path, params: Fractals) -> int:
     code = """
 import re, sys
 from pathlib import Path
-from kdlib import config, data
-data.prepare("f", config.Fractals.model_validate_json(sys.argv[2]), Path(sys.argv[1]), progress=False)
+from kdlib.config.schema import Fractals
+from kdlib.data.sources import prepare
+prepare("f", Fractals.model_validate_json(sys.argv[2]), Path(sys.argv[1]), progress=False)
 status = Path("/proc/self/status")
 print(1024 * int(re.search(r"VmHWM:\\s+([0-9]+) kB", status.read_text())[1]) if status.exists() else 0)
 """

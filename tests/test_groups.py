@@ -43,8 +43,8 @@ def test_groups_share_out_a_batch(repeats: int) -> None:
     """All groups together hold what a batch of one group would; each step starts where the last one ended."""
     whole, parts = (stream(batch_size=24, repeats=repeats, group_size=size) for size in (None, 8))
     for step in range(9):
-        places = np.stack([parts.places(step, group) for group in range(3)], axis=1).ravel()
-        np.testing.assert_array_equal(places, whole.places(step))
+        places = np.stack([parts.positions(step, group) for group in range(3)], axis=1).ravel()
+        np.testing.assert_array_equal(places, whole.positions(step))
 
 
 def test_groups_are_mixed_and_drawn_by_themselves() -> None:
@@ -68,11 +68,11 @@ def test_repeats_come_in_a_row_to_different_groups() -> None:
         for group in groups:
             np.add.at(counts, group.index.numpy(), 1)
     assert set(counts) == {3}
-    assert len(set(views.places(0, 0)) & set(views.places(1, 0))) == 0
+    assert len(set(views.positions(0, 0)) & set(views.positions(1, 0))) == 0
 
 
 def test_repeats_go_on_in_one_group() -> None:
-    places = stream(batch_size=12, repeats=3).places(0)
+    places = stream(batch_size=12, repeats=3).positions(0)
     assert (places.reshape(4, 3) == places[::3, None]).all()
 
 

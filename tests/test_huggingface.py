@@ -58,7 +58,7 @@ def test_the_same_images_and_views_as_from_files(saved: Path, listed: DataSet, t
 
 def test_every_image_has_the_bytes_and_the_class_that_timms_reader_gives(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """timm reads what ``load_dataset`` does; from what is saved, here."""
-    names, parts = huggingface.index("data.net.path", saved)
+    names, parts = huggingface.index_arrow("data.net.path", saved)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split, **_: datasets.load_from_disk(name)[split])
     for part, split in (("train", "train"), ("val", "validation")):
         reader = ReaderHfds(str(saved), split=split)
@@ -91,7 +91,7 @@ def test_classes_keep_the_numbers_that_the_data_set_gives_them(root: Path, tmp_p
 
 def by_class(found: DataSet) -> dict[str, set[bytes]]:
     """The bytes of the test images of each class."""
-    images = [pixels.read(found.test.images.place(row)) for row in range(len(found.test.images))]
+    images = [pixels.read_bytes(found.test.images.byte_range(row)) for row in range(len(found.test.images))]
     return {name: {images[row] for row in np.flatnonzero(found.test.labels == number)} for number, name in enumerate(found.class_names)}
 
 

@@ -23,8 +23,8 @@ from torchvision.transforms import functional as oracle
 
 from kdlib.config.schema import Originals
 from kdlib.data import lazy_images, sources
-from kdlib.data.dataset import DataSet, load
-from kdlib.data.lazy_images import in_turn
+from kdlib.data.dataset import DataSet, load_dataset
+from kdlib.data.lazy_images import iterate_batches
 from kdlib.decoding import pixels
 from kdlib.decoding.pixels import Cut
 from kdlib.decoding.pool import Pool
@@ -77,7 +77,7 @@ def stream(of: DataSet, **changes: object) -> ViewStream:
 
 def by_hand(split_images: lazy_images.LazyImages, row: int) -> Image.Image:
     """An image by Pillow alone."""
-    place = split_images.place(row)
+    place = split_images.byte_range(row)
     with Image.open(place.file) as image:
         return image.convert("RGB")
 
@@ -92,7 +92,7 @@ def test_lists_what_can_be_read_and_names_the_rest(root: Path, tmp_path: Path, c
     assert np.bincount(found.test.labels).tolist() == [6, 6, 6, 6]
     for split in (found.train, found.val, found.test):
         for row, label in enumerate(split.labels):
-            assert Path(split.images.place(row).file).parent.name == jpegs.CLASSES[label]
+            assert Path(split.images.byte_range(row).file).parent.name == jpegs.CLASSES[label]
             assert by_hand(split.images, row).size[::-1] == tuple(split.images.sides(np.array([row]))[:, 0])
     left_out = json.loads((tmp_path / "net" / "data.json").read_text())["originals"]["left_out"]
     assert len(left_out) == len(jpegs.BROKEN)
@@ -139,7 +139,7 @@ def test_sixteen_bits_keep_their_upper_eight() -> None:
 def test_rows_in_any_order_and_what_was_kept(listed: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = copy.deepcopy(listed.test.images)
     everything = kept[:]
-    monkeypatch.setattr(pixels, "read", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr(pixels, "read_bytes", lambda _: pytest.fail("read again"))
     np.testing.assert_array_equal(kept[np.array([5, 2, 5])], everything[[5, 2, 5]])
     np.testing.assert_array_equal(kept[3], everything[3])
 
@@ -155,7 +155,7 @@ def test_without_memory_to_spare_nothing_is_kept(listed: DataSet, monkeypatch: p
 def test_a_split_in_parts(listed: DataSet) -> None:
     parts = [np.array([3, 1]), np.array([0]), np.array([7, 8, 9])]
     for images in (listed.test.images, listed.test.images[:]):
-        for part, found in zip(parts, in_turn(images, parts), strict=True):
+        for part, found in zip(parts, iterate_batches(images, parts), strict=True):
             np.testing.assert_array_equal(found, listed.test.images[part])
 
 
@@ -172,7 +172,7 @@ def test_crops_are_torchvisions(listed: DataSet) -> None:
             height, width = (int(rng.integers(1, side + 1)) for side in (original.height, original.width))
             top, left = int(rng.integers(0, original.height - height + 1)), int(rng.integers(0, original.width - width + 1))
             cut = Cut(top, left, height, width, bicubic)
-            (found,) = pixels.views([(images.place(row), [cut])], SIZE, 0.95)
+            (found,) = pixels.decode_views([(images.byte_range(row), [cut])], SIZE, 0.95)
             how = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
             expected = oracle.resized_crop(original, top, left, height, width, [SIZE, SIZE], how)
             gap = np.abs(found.astype(int) - np.asarray(expected))
@@ -189,7 +189,7 @@ def test_views_are_crops_of_the_originals_each_drawn_for_itself(listed: DataSet)
     views = stream(listed)
     cuts = []
     for step in range(40):
-        rows, wanted = views._wanted(step, step % 3)
+        rows, wanted = views.prefetch.wanted(step, step % 3)
         for row, cut in zip(rows, wanted, strict=True):
             assert isinstance(cut, Cut)
             height, width = listed.train.images.sides(np.array([row]))[:, 0]
@@ -207,9 +207,9 @@ def test_a_view_holds_the_crop_mirrored_or_not(listed: DataSet) -> None:
     mirrored = []
     for step in range(4):
         batch = views.batch(step, 1)
-        rows, wanted = views._wanted(step, 1)
+        rows, wanted = views.prefetch.wanted(step, 1)
         for row, cut, image in zip(rows.tolist(), wanted, batch.images, strict=True):
-            (expected,) = pixels.views([(listed.train.images.place(row), [cut])], SIZE, 0.95)
+            (expected,) = pixels.decode_views([(listed.train.images.byte_range(row), [cut])], SIZE, 0.95)
             found = (image.permute(1, 2, 0) * 255).round().byte().numpy()
             flipped = np.array_equal(found, expected[:, ::-1])
             assert flipped or np.array_equal(found, expected)
@@ -246,7 +246,7 @@ def test_timms_views_are_timms(listed: DataSet) -> None:
     from kdlib.views import timm_pil  # noqa: PLC0415
 
     made = recipe(**TIMM)
-    rows, keys = stream(listed, **TIMM)._wanted(2, 1)
+    rows, keys = stream(listed, **TIMM).prefetch.wanted(2, 1)
     transform = timm_pil._transform(0.08, made.randaugment, 0.5, (SIZE, SIZE))
     batch = stream(listed, **TIMM).batch(2, 1)
     for row, key, image in zip(rows.tolist(), keys, batch.images, strict=True):
@@ -267,8 +267,8 @@ def test_shards_hold_the_same_views(root: Path, listed: DataSet, tmp_path: Path)
 
 
 def test_an_image_of_several_groups_is_decoded_once_a_step(listed: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, times = pixels.read, []
-    monkeypatch.setattr(pixels, "read", lambda place: times.append(place.file) or read(place))
+    read, times = pixels.read_bytes, []
+    monkeypatch.setattr(pixels, "read_bytes", lambda place: times.append(place.file) or read(place))
     views = stream(listed)
     for group in range(3):
         views.batch(0, group)
@@ -277,7 +277,7 @@ def test_an_image_of_several_groups_is_decoded_once_a_step(listed: DataSet, monk
 
 def test_any_group_may_be_asked_for(listed: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though a process takes care of its own alone: the second of three here."""
-    monkeypatch.setattr("kdlib.views.stream.own", lambda _: range(1, 2))
+    monkeypatch.setattr("kdlib.views.stream.local_groups", lambda _: range(1, 2))
     views = stream(listed)
     assert same(views.batch(1, 1), stream(listed).batch(1, 1))
     assert same(views.batch(1, 0), stream(listed).batch(1, 0))
@@ -291,7 +291,7 @@ def test_copies_are_small_and_the_same(listed: DataSet) -> None:
     assert len(packed) < 1000 + listed.train.labels.nbytes
     images = pickle.loads(packed).images
     np.testing.assert_array_equal(images[:3], listed.train.images[:3])
-    assert isinstance(copy.deepcopy(listed).val.images.places, np.memmap)
+    assert isinstance(copy.deepcopy(listed).val.images.ranges, np.memmap)
 
 
 # Bad input
@@ -304,8 +304,8 @@ def spoiled(root: Path, listed: DataSet, to: Path) -> tuple[DataSet, Path]:
     facts = json.loads((folder / "data.json").read_text())
     facts["originals"]["path"] = str(moved)
     (folder / "data.json").write_text(json.dumps(facts))
-    found = load(folder)
-    return found, Path(found.train.images.place(0).file)
+    found = load_dataset(folder)
+    return found, Path(found.train.images.byte_range(0).file)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_an_environment_variable_names_the_path(root: Path, tmp_path: Path, monk
     with refused("data.net.path", "found '$KDLIB_IMAGENET'", "set KDLIB_IMAGENET to where the images lie"):
         prepared(tmp_path, params("$KDLIB_IMAGENET"))
     with refused("data.net.path", "KDLIB_IMAGENET"):
-        load(tmp_path / "net")
+        load_dataset(tmp_path / "net")
 
 
 def test_a_path_that_is_not_imagenet_is_refused(root: Path, tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_a_class_map_gives_the_order(root: Path, tmp_path: Path) -> None:
         found = prepared(tmp_path, params(root, class_map=str(jpegs.class_map(tmp_path / "classes.txt", lines))))
         assert found.class_names == list(reversed(jpegs.CLASSES))
         for row, label in enumerate(found.test.labels):
-            assert Path(found.test.images.place(row).file).parent.name == found.class_names[label]
+            assert Path(found.test.images.byte_range(row).file).parent.name == found.class_names[label]
 
 
 def test_shards_without_an_image_are_refused(root: Path, tmp_path: Path) -> None:

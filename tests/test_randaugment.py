@@ -91,8 +91,8 @@ def test_equalize_leaves_tiny_images_alone() -> None:
 def test_apply_gives_each_image_its_own_operations_in_order() -> None:
     images = torch.from_numpy(np.resize(pictures(3), (60, 34, 26, 3)))
     before = images.clone()
-    draws = randaugment.draw(np.random.default_rng(1), RandAugmentParams(operations=2, magnitude=7.0, magnitude_std=0.5), 60)
-    views = randaugment.apply(images, draws)
+    draws = randaugment.draw_operations(np.random.default_rng(1), RandAugmentParams(operations=2, magnitude=7.0, magnitude_std=0.5), 60)
+    views = randaugment.augment(images, draws)
     assert torch.equal(images, before)
     for i in range(60):
         expected = images[i : i + 1]
@@ -106,12 +106,12 @@ def test_apply_gives_each_image_its_own_operations_in_order() -> None:
 
 def test_no_operations_change_nothing() -> None:
     images = torch.from_numpy(pictures(1))
-    draws = randaugment.draw(np.random.default_rng(1), RandAugmentParams(operations=0, magnitude=7.0, magnitude_std=0.5), 10)
-    assert torch.equal(randaugment.apply(images, draws), images)
+    draws = randaugment.draw_operations(np.random.default_rng(1), RandAugmentParams(operations=0, magnitude=7.0, magnitude_std=0.5), 10)
+    assert torch.equal(randaugment.augment(images, draws), images)
 
 
 def test_draws_have_timms_distribution() -> None:
-    draws = randaugment.draw(np.random.default_rng(5), RandAugmentParams(operations=2, magnitude=9.5, magnitude_std=0.5), 30_000)
+    draws = randaugment.draw_operations(np.random.default_rng(5), RandAugmentParams(operations=2, magnitude=9.5, magnitude_std=0.5), 30_000)
     shares = np.bincount(draws.operation.ravel(), minlength=15) / 60_000
     assert shares == pytest.approx(np.full(15, 1 / 15), abs=0.005)
     assert (draws.operation[0] == draws.operation[1]).mean() == pytest.approx(1 / 15, abs=0.01)  # with replacement

@@ -62,13 +62,13 @@ def test_mixed_images_targets_and_hard_losses_are_the_official_loaders(strategy:
     recipe = published_recipes.strong(strategy)
     mixed, plain = stream(recipe), stream(recipe.model_copy(update={"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "label_smoothing": 0.0}))
     drawn: list[Mix] = []
-    draw = mixup.draw
+    draw = mixup.draw_mix
 
     def spy(*among: Any) -> Mix:
         drawn.append(draw(*among))
         return drawn[-1]
 
-    monkeypatch.setattr(mixup, "draw", spy)
+    monkeypatch.setattr(mixup, "draw_mix", spy)
     logits = torch.randn(16, CLASSES, generator=torch.Generator().manual_seed(0)) * 3
     for step in range(6):
         for group in range(4):
@@ -235,7 +235,7 @@ def repeated(images: int) -> ViewStream:
 
 def passed(views: ViewStream, steps: range) -> np.ndarray:
     """[step, group, view]: which images eight mix groups hold."""
-    return np.array([[views.places(step, group) for group in range(RANKS)] for step in steps])
+    return np.array([[views.positions(step, group) for group in range(RANKS)] for step in steps])
 
 
 @pytest.mark.parametrize("images", [1000, 1536, 2001])

@@ -184,17 +184,17 @@ def test_images_and_targets_are_timms(mix: Mix, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(timm_mix, "_params_per_batch", lambda: (mix.share, mix.box is not None))
     monkeypatch.setattr(timm_mixup, "cutmix_bbox_and_lam", lambda *_, **__: (mix.box, mix.share))
     expected_images, expected_targets = timm_mix(images.clone(), labels)
-    mixed = mixup.images(images, mix)
+    mixed = mixup.mix_images(images, mix)
     torch.testing.assert_close(mixed, expected_images, rtol=0, atol=1e-6)
-    torch.testing.assert_close(mixup.targets(labels, CLASSES, 0.1, mix), expected_targets, rtol=0, atol=1e-6)
+    torch.testing.assert_close(mixup.mix_targets(labels, CLASSES, 0.1, mix), expected_targets, rtol=0, atol=1e-6)
     assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_majority_is_the_larger_share_and_ties_are_the_images_own() -> None:
     labels = torch.tensor([0, 1, 2, 3])
-    assert mixup.majority(labels, Mix(0.5)).tolist() == [0, 1, 2, 3]
-    assert mixup.majority(labels, Mix(0.51)).tolist() == [0, 1, 2, 3]
-    assert mixup.majority(labels, Mix(0.49)).tolist() == [3, 2, 1, 0]
+    assert mixup.majority_labels(labels, Mix(0.5)).tolist() == [0, 1, 2, 3]
+    assert mixup.majority_labels(labels, Mix(0.51)).tolist() == [0, 1, 2, 3]
+    assert mixup.majority_labels(labels, Mix(0.49)).tolist() == [3, 2, 1, 0]
 
 
 def test_cutmix_targets_are_the_shares_of_the_pixels() -> None:
@@ -239,13 +239,13 @@ def test_an_image_is_said_to_be_mixed_where_another_one_has_a_share_in_it(change
 
 def test_mixing_draws_have_timms_distribution() -> None:
     rng = np.random.default_rng(8)
-    both = [mixup.draw(rng, recipe(mixup_alpha=0.2, cutmix_alpha=1.0), 16, 16) for _ in range(4000)]
+    both = [mixup.draw_mix(rng, recipe(mixup_alpha=0.2, cutmix_alpha=1.0), 16, 16) for _ in range(4000)]
     assert np.mean([mix.box is not None for mix in both]) == pytest.approx(0.5, abs=0.03)
     shares = [mix.share for mix in both if mix.box is None]
     assert stats.kstest(shares, stats.beta(0.2, 0.2).cdf).statistic < 0.04
-    assert all(mix.box for mix in (mixup.draw(rng, recipe(cutmix_alpha=1.0), 16, 16) for _ in range(50)))
-    assert not any(mix.box for mix in (mixup.draw(rng, recipe(mixup_alpha=1.0), 16, 16) for _ in range(50)))
-    assert mixup.draw(rng, recipe(), 16, 16) == mixup.UNMIXED
+    assert all(mix.box for mix in (mixup.draw_mix(rng, recipe(cutmix_alpha=1.0), 16, 16) for _ in range(50)))
+    assert not any(mix.box for mix in (mixup.draw_mix(rng, recipe(mixup_alpha=1.0), 16, 16) for _ in range(50)))
+    assert mixup.draw_mix(rng, recipe(), 16, 16) == mixup.UNMIXED
 
 
 # The stream
@@ -267,7 +267,7 @@ def test_every_image_is_seen_equally_often(subset: int) -> None:
 
 def test_passes_have_orders_of_their_own() -> None:
     views = stream(np.zeros((40, 8, 8, 1), np.uint8))
-    first, second = (np.concatenate([views.places(step) for step in range(5 * epoch, 5 * epoch + 5)]) for epoch in (0, 1))
+    first, second = (np.concatenate([views.positions(step) for step in range(5 * epoch, 5 * epoch + 5)]) for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(40))
     assert (first != second).any()
 

@@ -19,7 +19,7 @@ import torch
 
 from kdlib import config
 from kdlib.config.schema import ComputeParams, Recipe
-from kdlib.data.dataset import load
+from kdlib.data.dataset import load_dataset
 from kdlib.engine import checkpoint
 from kdlib.engine.backend import Backend
 from kdlib.engine.gradients import StudentWithLoss
@@ -107,7 +107,7 @@ def teacher(seed: int = 5) -> Teacher:
 
 
 def setting(seed: int = 0, index: np.ndarray | None = None, taught_by: Teacher | None = None, **changes: Any) -> Setting:
-    data = load(prepared() / "runs" / "data" / "fractals")
+    data = load_dataset(prepared() / "runs" / "data" / "fractals")
     index = np.arange(0, 96, 2) if index is None else index
     return Setting(data, index, NET, data.size, taught_by or teacher(), recipe(**changes), seed, CPU, "test", AUTO)
 

@@ -16,7 +16,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from tqdm.auto import tqdm
 
 from kdlib.config.schema import DataSource
-from kdlib.data.lazy_images import BYTE_RANGE, LazyImages, Listing, open_split
+from kdlib.data.lazy_images import LazyImages, Listing, open_split
 from kdlib.data.splits import Labels
 from kdlib.errors import Refused, refuse
 
@@ -28,7 +28,7 @@ Images = UInt8[np.ndarray, "images height width channels"]
 
 @dataclass(frozen=True)
 class Content:
-    """What a source offers, known before anything is decoded or written."""
+    """A source's offer, known before anything is decoded or written."""
 
     class_names: list[str]
     size: int  # pixels, height and width
@@ -36,6 +36,17 @@ class Content:
     labels: dict[str, Labels]  # by split
     # a split's images in the order of its labels, about BLOCK bytes at a time; or where they stay
     blocks: Callable[[str], Iterator[Images]] | Listing
+
+    @property
+    def count(self) -> int:
+        """Images of all splits."""
+        return sum(len(labels) for labels in self.labels.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the folder takes, but for headers and names."""
+        images = self.blocks.nbytes if isinstance(self.blocks, Listing) else self.count * self.size**2 * self.channels
+        return images + 8 * self.count
 
 
 @dataclass(frozen=True)
@@ -48,9 +59,7 @@ class Split:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set folder, opened. Mean and standard deviation are per channel of the training split, in [0, 1]; of images that stay in
-    their files, ImageNet's.
-    """
+    """A data set folder, opened."""
 
     name: str
     classes: int
@@ -58,7 +67,7 @@ class DataSet:
     size: int
     channels: int
     hflip: float
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # per channel of the training split, in [0, 1]; ImageNet's for images that stay in their files
     std: tuple[float, ...]
     fingerprint: str
     train: Split
@@ -66,7 +75,7 @@ class DataSet:
     test: Split
 
 
-def write(folder: Path, name: str, params: DataSource, content: Content, progress: bool = True) -> DataSet:
+def write_dataset(folder: Path, name: str, params: DataSource, content: Content, progress: bool = True) -> DataSet:
     """Write all of a data set folder, or nothing; an earlier one is replaced. One process at a time.
 
     Raises ``Refused`` when the content has a fault or the disk too little room.
@@ -90,50 +99,43 @@ def write(folder: Path, name: str, params: DataSource, content: Content, progres
             raise
         finally:
             _clear(partial, old)
-    return load(folder)
+    return load_dataset(folder)
 
 
-def load(folder: Path) -> DataSet:
+def load_dataset(folder: Path) -> DataSet:
     """Open a data set folder without reading its images. Raises ``Refused`` when it is missing, incomplete or inconsistent."""
     try:
         facts = json.loads((folder / "data.json").read_text("utf-8"))
-        keep = ("name", "classes", "class_names", "size", "channels", "hflip", "fingerprint")
-        fields = {field: facts[field] for field in keep} | {field: tuple(facts[field]) for field in ("mean", "std")}
+        kept = ("name", "classes", "class_names", "size", "channels", "hflip", "fingerprint")
+        fields = {field: facts[field] for field in kept} | {field: tuple(facts[field]) for field in ("mean", "std")}
         return DataSet(**fields, **{split: _open(folder, split, facts) for split in SPLITS})  # type: ignore[arg-type]
     except Refused:  # of the path that its images lie in
         raise
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        found = f"{folder}: {' '.join(str(error).split())}"
-        raise refuse(f"data.{folder.name}", found, "a complete data set folder", "run the data stage again") from error
+        fault = f"{folder}: {' '.join(str(error).split())}"
+        raise refuse(f"data.{folder.name}", fault, "a complete data set folder", "run the data stage again") from error
 
 
 def _check(key: str, content: Content) -> None:
     for split in SPLITS:
         missing = sorted(set(range(len(content.class_names))) - set(content.labels[split].tolist()))
         if missing:
-            found = f"no image of class {content.class_names[missing[0]]!r} in the {split} split ({len(missing)} such classes)"
-            raise refuse(key, found, "images of every class in every split", "add images or remove the class")
+            fault = f"no image of class {content.class_names[missing[0]]!r} in the {split} split ({len(missing)} such classes)"
+            raise refuse(key, fault, "images of every class in every split", "add images or remove the class")
 
 
-def _bytes(content: Content) -> int:
-    if isinstance(content.blocks, Listing):
-        return content.blocks.nbytes + 8 * sum(len(labels) for labels in content.labels.values())
-    return sum(len(labels) for labels in content.labels.values()) * (content.size**2 * content.channels + 8)
-
-
-def _check_room(key: str, place: Path, content: Content, progress: bool) -> None:
-    free = shutil.disk_usage(place).free
-    if free < _bytes(content):
-        raise _no_room(key, f"{free / 1e9:.3g} GB free in {place}", content)
+def _check_room(key: str, parent: Path, content: Content, progress: bool) -> None:
+    free = shutil.disk_usage(parent).free
+    if free < content.nbytes:
+        raise _no_room(key, f"{free / 1e9:.3g} GB free in {parent}", content)
     if progress:
-        images = sum(len(labels) for labels in content.labels.values())
         shape = f"{content.size} x {content.size} x {content.channels}"
-        what = "stay in their files, whose list takes" if isinstance(content.blocks, Listing) else "take"
-        print(f"{key}: {images:,} images of {shape} {what} {_bytes(content) / 1e9:.3g} GB in {place}")
+        take = "stay in their files, whose list takes" if isinstance(content.blocks, Listing) else "take"
+        print(f"{key}: {content.count:,} images of {shape} {take} {content.nbytes / 1e9:.3g} GB in {parent}")
 
 
-def _no_room(key: str, found: str, content: Content) -> Refused:
-    return refuse(key, found, f"at least {_bytes(content) / 1e9:.3g} GB", "free some, or choose a smaller size or fewer images")
+def _no_room(key: str, free: str, content: Content) -> Refused:
+    return refuse(key, free, f"at least {content.nbytes / 1e9:.3g} GB", "free some, or choose a smaller size or fewer images")
 
 
 def _fill(folder: Path, name: str, params: DataSource, content: Content, progress: bool) -> None:
@@ -147,20 +149,20 @@ def _fill(folder: Path, name: str, params: DataSource, content: Content, progres
         "hflip": params.hflip,
         "counts": {split: len(content.labels[split]) for split in SPLITS},
     }
-    with tqdm(total=sum(facts["counts"].values()), desc=name, unit=" images", disable=not progress) as bar:
+    with tqdm(total=content.count, desc=name, unit=" images", disable=not progress) as bar:
         for split in SPLITS:
             labels = content.labels[split]
             digest.update(np.ascontiguousarray(labels).data)
             np.save(folder / f"{split}_labels.npy", labels)
-            if isinstance(content.blocks, Listing):
+            if callable(content.blocks):
+                shape = (len(labels), content.size, content.size, content.channels)
+                histogram = _write_images(folder / f"{split}_images.npy", shape, content.blocks(split), (digest.update, bar.update))
+                if split == "train":
+                    facts["mean"], facts["std"] = _mean_std(histogram)
+            else:
                 content.blocks.save(folder, split, digest.update)
-                bar.update(len(labels))
                 facts["mean"], facts["std"] = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-                continue
-            shape = (len(labels), content.size, content.size, content.channels)
-            histogram = _write_images(folder / f"{split}_images.npy", shape, content.blocks(split), (digest.update, bar.update))
-            if split == "train":
-                facts["mean"], facts["std"] = _mean_std(histogram)
+                bar.update(len(labels))
     digest.update(json.dumps(facts, sort_keys=True).encode())
     facts = {"name": name, **facts, "fingerprint": digest.hexdigest()}
     if isinstance(content.blocks, Listing):
@@ -168,12 +170,12 @@ def _fill(folder: Path, name: str, params: DataSource, content: Content, progres
     (folder / "data.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
 
-def _write_images(path: Path, shape: tuple[int, ...], blocks: Iterator[Images], tell: tuple[Callable[..., object], ...]) -> np.ndarray:
+def _write_images(path: Path, shape: tuple[int, ...], blocks: Iterator[Images], progress: tuple[Callable[..., object], ...]) -> np.ndarray:
     """Write blocks behind an .npy header. Returns how often each channel takes each value: [channels, 256].
 
     Not through ``open_memmap``: written pages of a mapping count as the process's memory, and a full disk kills it (SIGBUS).
     """
-    update_digest, update_bar = tell
+    update_digest, update_bar = progress
     histogram = np.zeros((shape[-1], 256), np.int64)
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -202,10 +204,13 @@ def _mean_std(histogram: np.ndarray) -> tuple[list[float], list[float]]:
 def _open(folder: Path, split: str, facts: dict[str, Any]) -> Split:
     labels = np.load(folder / f"{split}_labels.npy")
     count, size = facts["counts"][split], facts["size"]
-    images = open_split(folder, split, facts["originals"], size) if "originals" in facts else np.load(folder / f"{split}_images.npy", "r")
-    shape, kind = ((count,), BYTE_RANGE) if isinstance(images, LazyImages) else ((count, size, size, facts["channels"]), np.dtype(np.uint8))
-    held = images.places if isinstance(images, LazyImages) else images
-    if held.shape != shape or held.dtype != kind:
+    if "originals" in facts:
+        images = open_split(folder, split, facts["originals"], size)
+        fits = images.ranges.shape == (count,)
+    else:
+        images = np.load(folder / f"{split}_images.npy", "r")
+        fits = images.shape == (count, size, size, facts["channels"]) and images.dtype == np.uint8
+    if not fits:
         raise ValueError(f"{split}'s images do not fit data.json, which says {count} of {size} x {size}")
     if labels.shape != (count,) or labels.dtype != np.int64:
         raise ValueError(f"{split}_labels.npy holds {labels.dtype} {labels.shape}, data.json says {count}")

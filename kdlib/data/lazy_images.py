@@ -1,4 +1,4 @@
-"""Images that stay in their files: where each one lies, and its pixels when they are wanted. 28 bytes per image and its file's name."""
+"""Images that stay in their files: the byte range of each, and its pixels when they are wanted. 28 bytes per image and its file's name."""
 
 import math
 import os
@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
 from jaxtyping import Bool, Int, UInt8
 
-from kdlib.data.paths import place
+from kdlib.data.paths import resolve_path
 from kdlib.decoding import pixels
 from kdlib.decoding.pixels import ByteRange, Changed
 from kdlib.decoding.pool import pool
@@ -23,20 +23,21 @@ BYTE_RANGE = np.dtype([("first", "<i8"), ("length", "<i8"), ("crc", "<u4"), ("he
 CHUNK = 8  # images that a process is asked for at a time
 KEPT_SHARE = 0.25  # of the memory that is free: what evaluation has decoded is kept if all of a split takes less
 
+Result = TypeVar("Result")
 Rows = Int[np.ndarray, " batch"]
 Levels = UInt8[np.ndarray, "batch size size 3"]
-Wanted = tuple[Any, np.ndarray]  # a view of an image, as what makes it takes it; and the array [size, size, 3] that it goes to
+Decode = Callable[[Sequence[tuple[ByteRange, Sequence[Any]]]], Levels]  # from images, and what views of each, to these in order
 Files = np.ndarray  # names, relative to the data set's path, as bytes: a list of 1.3 million Python strings would take 150 MB
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source found: by split, the file of each image, and its ``BYTE_RANGE`` there."""
+    """The images that a source lists: by split, the file of each, and its ``BYTE_RANGE`` there."""
 
     path: str  # as params.yaml has it
     crop_pct: float
     files: dict[str, Files]
-    places: dict[str, np.ndarray]
+    ranges: dict[str, np.ndarray]
     left_out: list[str]  # images that cannot be read, with what is wrong
 
     @property
@@ -45,20 +46,20 @@ class Listing:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for parts in (self.files, self.places) for part in parts.values())
+        return sum(part.nbytes for parts in (self.files, self.ranges) for part in parts.values())
 
-    def save(self, folder: Path, split: str, tell: Callable[[bytes], object]) -> None:
-        """Write a split, and tell what of it tells this data set from another: names and bytes, not where the files lie."""
-        files, places = self.files[split], self.places[split]
+    def save(self, folder: Path, split: str, update_digest: Callable[[bytes], object]) -> None:
+        """Write a split, and digest what distinguishes this data set from another: names and bytes, not where the files lie."""
+        files, ranges = self.files[split], self.ranges[split]
         np.save(folder / f"{split}_files.npy", files)
-        np.save(folder / f"{split}_places.npy", places)
-        for part in (files, places, np.array(self.crop_pct)):
-            tell(part.tobytes())
+        np.save(folder / f"{split}_places.npy", ranges)
+        for part in (files, ranges, np.array(self.crop_pct)):
+            update_digest(part.tobytes())
 
 
 @dataclass(frozen=True, eq=False)
 class LazyImages:
-    """A split's images by row. ``originals[rows]`` are they as evaluation sees them; views are cut out of them by ``ask``.
+    """A split's images by row. ``images[rows]`` are they as evaluation sees them; views are cut out of them by ``ask``.
 
     Copied or pickled, it is opened again from its folder.
     """
@@ -69,71 +70,73 @@ class LazyImages:
     size: int  # of views, in pixels
     crop_pct: float
     files: Files
-    places: np.ndarray
-
-    @property
-    def key(self) -> str:
-        return f"data.{self.folder.name}.path"
+    ranges: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.ranges)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_split, (self.folder, self.split, {"path": str(self.root), "crop_pct": self.crop_pct}, self.size)
 
     def sides(self, rows: Rows) -> Int[np.ndarray, "2 batch"]:
-        """Height and width of each."""
-        return np.stack([self.places[name][rows] for name in ("height", "width")]).astype(np.int64)
+        """Height and width of each, in pixels."""
+        return np.stack([self.ranges[name][rows] for name in ("height", "width")]).astype(np.int64)
 
-    def place(self, row: int) -> ByteRange:
-        first, length, crc, *_ = self.places[row].item()
+    def byte_range(self, row: int) -> ByteRange:
+        """Where the bytes of an image lie."""
+        first, length, crc, *_ = self.ranges[row].item()
         return ByteRange(os.path.join(self.root, os.fsdecode(self.files[row])), first, length, crc)  # noqa: PTH118 (a hundred times as fast)
 
-    def ask(self, work: Callable[..., Levels], wanted: dict[int, list[Wanted]], *more: Any) -> Callable[[], None]:
-        """Have ``work`` make of each row what is wanted of it; the returned function waits until all lie in their homes.
+    @property
+    def decode(self) -> Decode:
+        """Cuts of the images, resized; without one, the image as evaluation sees it."""
+        return partial(pixels.decode_views, size=self.size, crop_pct=self.crop_pct)
 
-        Raises ``Refused`` then, naming the file, if one is not what it was.
+    def ask(self, decode: Decode, wanted: Iterable[tuple[int, Any, np.ndarray]], result: Result) -> Callable[[], Result]:
+        """Have views decoded; ``wanted``: the row of each, which view of it, and the array [size, size, 3] that it goes to.
+
+        The returned function waits until all are there, then gives ``result``. It raises ``Refused``, naming the file, if one is not what
+        it was.
         """
-        asked, rows = [], list(wanted)
+        of_row: dict[int, list[tuple[Any, np.ndarray]]] = {}
+        for row, view, target in wanted:
+            of_row.setdefault(row, []).append((view, target))
+        waits, rows = [], list(of_row)
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
-            units = [(self.place(row), [view for view, _ in wanted[row]]) for row in chunk]
-            homes = [home for row in chunk for _, home in wanted[row]]
-            asked.append(pool().ask(work, units, *more, then=partial(_deal, homes)))
-        return cache(partial(self._wait, asked))
+            units = [(self.byte_range(row), [view for view, _ in of_row[row]]) for row in chunk]
+            targets = [target for row in chunk for _, target in of_row[row]]
+            waits.append(pool().ask(decode, units, then=partial(_copy, targets)))
+        return cache(partial(self._wait, waits, result))
 
-    def _wait(self, asked: Sequence[Callable[[], None]]) -> None:
+    def _wait(self, waits: Sequence[Callable[[], None]], result: Result) -> Result:
         try:
-            for each in asked:
-                each()
+            for wait in waits:
+                wait()
         except Changed as error:
-            allowed = "the images that the data stage has listed"
-            raise refuse(self.key, str(error), allowed, "restore this file, or run the data stage again") from error
+            allowed, do = "the images that the data stage has listed", "restore this file, or run the data stage again"
+            raise refuse(f"data.{self.folder.name}.path", str(error), allowed, do) from error
+        return result
 
     def read(self, rows: Rows) -> Callable[[], Levels]:
-        """What returns ``self[rows]`` when it is there. What was decoded once is kept if there is room for all."""
+        """Begin to read ``self[rows]``, which the returned function waits for. What was decoded once is kept if there is room for all."""
         if self._kept is None:
-            made = np.empty((len(rows), self.size, self.size, 3), np.uint8)
-            return partial(_after, self._evaluated(rows.tolist(), made), lambda: made)
-        kept, there = self._kept
-        missing = np.unique(rows[~there[rows]])
-        waiting = self._evaluated(missing.tolist(), (kept[row] for row in missing))
+            levels = np.empty((len(rows), self.size, self.size, 3), np.uint8)
+            return self.ask(self.decode, ((row, None, target) for row, target in zip(rows.tolist(), levels, strict=True)), levels)
+        kept, decoded = self._kept
+        missing = np.unique(rows[~decoded[rows]])
+        wait = self.ask(self.decode, ((row, None, kept[row]) for row in missing.tolist()), kept)
 
-        def found() -> Levels:
-            there[missing] = True
+        def ready() -> Levels:
+            wait()
+            decoded[missing] = True
             return np.asarray(kept[rows])
 
-        return partial(_after, waiting, found)
-
-    def _evaluated(self, rows: list[int], homes: Iterable[np.ndarray]) -> Callable[[], None]:
-        wanted: dict[int, list[Wanted]] = {}
-        for row, home in zip(rows, homes, strict=True):
-            wanted.setdefault(row, []).append((None, home))
-        return self.ask(pixels.views, wanted, self.size, self.crop_pct)
+        return ready
 
     @cached_property
     def _kept(self) -> tuple[Levels, Bool[np.ndarray, " images"]] | None:
-        """Room for the pixels of all, and which are there: if it is little, beside what other processes of this machine keep."""
+        """Room for all pixels, and which are there; None if that takes too much, beside what other processes of this machine keep."""
         share = KEPT_SHARE * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         shape = (len(self), self.size, self.size, 3)
         return (np.empty(shape, np.uint8), np.zeros(len(self), np.bool_)) if math.prod(shape) <= share else None
@@ -144,34 +147,29 @@ class LazyImages:
         return self.read(np.arange(len(self))[rows])()
 
 
-def _deal(homes: Sequence[np.ndarray], made: Levels) -> None:
-    for home, view in zip(homes, made, strict=True):
-        home[...] = view
-
-
-def _after(waiting: Callable[[], None], found: Callable[[], Levels]) -> Levels:
-    waiting()
-    return found()
+def _copy(targets: Sequence[np.ndarray], levels: Levels) -> None:
+    for target, view in zip(targets, levels, strict=True):
+        target[...] = view
 
 
 def open_split(folder: Path, split: str, facts: dict[str, Any], size: int) -> LazyImages:
-    """Of a data set folder, memory-mapped. Raises ``Refused`` if an environment variable in its path is not set."""
-    files, places = (np.load(folder / f"{split}_{name}.npy", mmap_mode="r") for name in ("files", "places"))
-    if places.dtype != BYTE_RANGE or files.dtype.kind != "S" or len(files) != len(places):
+    """Open a split of a data set folder, memory-mapped. Raises ``Refused`` if an environment variable in its path is not set."""
+    files, ranges = (np.load(folder / f"{split}_{name}.npy", mmap_mode="r") for name in ("files", "places"))
+    if ranges.dtype != BYTE_RANGE or files.dtype.kind != "S" or len(files) != len(ranges):
         raise ValueError(f"{split}_places.npy does not fit {split}_files.npy")
-    return LazyImages(folder, split, place(f"data.{folder.name}.path", facts["path"]), size, facts["crop_pct"], files, places)
+    return LazyImages(folder, split, resolve_path(f"data.{folder.name}.path", facts["path"]), size, facts["crop_pct"], files, ranges)
 
 
-def in_turn(
-    images: UInt8[np.ndarray, "images height width channels"] | LazyImages, parts: Iterable[Int[np.ndarray, " _"]]
+def iterate_batches(
+    images: UInt8[np.ndarray, "images height width channels"] | LazyImages, batches: Iterable[Int[np.ndarray, " _"]]
 ) -> Iterator[np.ndarray]:
-    """``images[rows]`` of each part. What has to be decoded is asked for one part earlier."""
+    """Yield ``images[rows]`` of each batch of rows. What has to be decoded is asked for one batch earlier."""
     if not isinstance(images, LazyImages):
-        yield from (images[rows] for rows in parts)
+        yield from (images[rows] for rows in batches)
         return
-    asked: list[Callable[[], np.ndarray]] = []
-    for rows in parts:
-        asked.append(images.read(rows))
-        if len(asked) > 1:
-            yield asked.pop(0)()
-    yield from (each() for each in asked)
+    reads: list[Callable[[], np.ndarray]] = []
+    for rows in batches:
+        reads.append(images.read(rows))
+        if len(reads) > 1:
+            yield reads.pop(0)()
+    yield from (read() for read in reads)

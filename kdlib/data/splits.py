@@ -9,13 +9,11 @@ from kdlib.errors import refuse
 from kdlib.seed import generator
 
 Labels = Int64[np.ndarray, " images"]
-
-
 Index = Int64[np.ndarray, " chosen"]
 
 
 def subset(labels: Labels, fraction: float, seed: int) -> Index:
-    """Sorted positions of ``round(fraction * n)`` images of every class, at least one. Raises ``Refused`` outside (0, 1]."""
+    """Choose, sorted, the positions of ``round(fraction * n)`` images of every class, at least one. Raises ``Refused`` outside (0, 1]."""
     if not 0 < fraction <= 1:
         raise refuse("comparisons: fraction", fraction, "a number > 0 and <= 1", "change it")
     chosen = []
@@ -26,7 +24,7 @@ def subset(labels: Labels, fraction: float, seed: int) -> Index:
 
 
 def stratified_split(labels: Labels, shares: Sequence[float], seed: int, key: str, names: Sequence[str]) -> list[Index]:
-    """Sorted positions: the rest first, then one part for each share, ``round(share * n)`` images of every class, at least one.
+    """Split into sorted positions: the rest first, then one part for each share: ``round(share * n)`` images of every class, at least one.
 
     The parts are disjoint and exhaust the labels. Raises ``Refused`` about ``key`` when a class (of ``names``) has too few images.
     """
@@ -34,16 +32,16 @@ def stratified_split(labels: Labels, shares: Sequence[float], seed: int, key: st
     for label, members in _by_class(labels):
         counts = [max(1, round(share * len(members))) for share in shares]
         if sum(counts) >= len(members):
-            found = f"{len(members)} images of class {names[label]!r}, of which {sum(counts)} are to be held out"
-            raise refuse(key, found, "at least one image of every class left to train on", "hold out less, or add images")
+            fault = f"{len(members)} images of class {names[label]!r}, of which {sum(counts)} are to be held out"
+            raise refuse(key, fault, "at least one image of every class left to train on", "hold out less, or add images")
         order = generator(seed, "split", label).permutation(members)
-        for part, some in zip(parts[1:] + parts[:1], np.split(order, np.cumsum(counts)), strict=True):
-            part.append(some)
+        for part, share_members in zip(parts[1:] + parts[:1], np.split(order, np.cumsum(counts)), strict=True):
+            part.append(share_members)
     return [np.sort(np.concatenate(part)) for part in parts]
 
 
 def _by_class(labels: Labels) -> Iterator[tuple[int, Index]]:
-    """Each class that occurs, with the positions of its images in rising order."""
+    """Yield each class that occurs, with the positions of its images in rising order."""
     order = np.argsort(labels, kind="stable")
     present, starts = np.unique(labels[order], return_index=True)
     yield from zip(present.tolist(), np.split(order, starts[1:]), strict=True)

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to the pixels of a view: what a process that decodes is asked to do."""
+"""From the bytes of an image file to the pixels of a view: the work of a decoding process."""
 
 import io
 import math
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-# A JPEG is decoded at half, a quarter or an eighth of its sides where every box still has so many times the pixels of a view on each side;
+# A JPEG is decoded at half, a quarter or an eighth of its sides where every box still has this many times the pixels of a view on each;
 # Pillow's own thumbnails are made so, and what follows (antialiased) hides the difference.
 SURPLUS = 2
 LONG = 4  # sides: of an image that is longer, only what is looked at is resized (all of it, of one 1 px wide, could take gigabytes)
@@ -44,35 +44,35 @@ Unit = tuple[ByteRange, Sequence[Cut | None]]  # an image, and the views of it t
 Level = UInt8[np.ndarray, "size size 3"]
 
 
-def views(units: Sequence[Unit], size: int, crop_pct: float) -> UInt8[np.ndarray, "views size size 3"]:
-    """All views of all units, in order. Each image is decoded once. Raises ``Changed``."""
-    return np.stack([view for place, cuts in units for view in _views(place, cuts, size, crop_pct)])
+def decode_views(units: Sequence[Unit], size: int, crop_pct: float) -> UInt8[np.ndarray, "views size size 3"]:
+    """Decode all views of all units, in order. Each image is decoded once. Raises ``Changed``."""
+    return np.stack([view for source, cuts in units for view in _decode_cuts(source, cuts, size, crop_pct)])
 
 
-def _views(place: ByteRange, cuts: Sequence[Cut | None], size: int, crop_pct: float) -> list[Level]:
-    data = read(place)
+def _decode_cuts(source: ByteRange, cuts: Sequence[Cut | None], size: int, crop_pct: float) -> list[Level]:
+    data = read_bytes(source)
     try:
         image, scale = decode(data, _reduction(cuts, size))
-        return [evaluated(image, size, crop_pct) if each is None else resized(image, each, size, scale) for each in cuts]
+        return [evaluation_view(image, size, crop_pct) if cut is None else resize_cut(image, cut, size, scale) for cut in cuts]
     except Exception as error:  # it could be decoded when it was listed: another Pillow, or too little memory
-        raise RuntimeError(f"{place.file}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise RuntimeError(f"{source.file}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def read(place: ByteRange) -> bytes:
-    """The bytes at a place. Raises ``Changed`` if they are others, or gone."""
+def read_bytes(source: ByteRange) -> bytes:
+    """Read the bytes of an image. Raises ``Changed`` if they are others, or gone."""
     try:
-        with Path(place.file).open("rb") as file:
-            file.seek(place.first)
-            data = file.read(place.length)
+        with Path(source.file).open("rb") as file:
+            file.seek(source.first)
+            data = file.read(source.length)
     except OSError as error:
-        raise Changed(f"{place.file}: {error.strerror}") from error
-    if zlib.crc32(data) != place.crc:
-        raise Changed(f"{place.file}: other bytes")
+        raise Changed(f"{source.file}: {error.strerror}") from error
+    if zlib.crc32(data) != source.crc:
+        raise Changed(f"{source.file}: other bytes")
     return data
 
 
 def decode(data: bytes, reduction: int = 1) -> tuple[Image.Image, float]:
-    """In RGB, as it is stored (EXIF's orientation is ignored, as timm does), and by how much its sides were reduced: at most so much."""
+    """Decode to RGB, and return by how much the sides were reduced: at most ``reduction``. Ignores EXIF's orientation, as timm does."""
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
         least = (max(1, width // reduction), max(1, height // reduction))
@@ -81,7 +81,7 @@ def decode(data: bytes, reduction: int = 1) -> tuple[Image.Image, float]:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """As Pillow converts, and timm with it; but of 16 bits the upper 8, where Pillow would cut off at 255."""
+    """Convert as Pillow does, and timm with it; but take the upper 8 of 16 bits, where Pillow would cut off at 255."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
@@ -89,24 +89,23 @@ def rgb(image: Image.Image) -> Image.Image:
 
 def _reduction(cuts: Sequence[Cut | None], size: int) -> int:
     """The largest of 1, 2, 4, 8 that leaves every view ``SURPLUS``."""
-    most = min(1.0 if each is None else min(each.height, each.width) / (SURPLUS * size) for each in cuts)
+    most = min(1.0 if cut is None else min(cut.height, cut.width) / (SURPLUS * size) for cut in cuts)
     return max(power for power in (1, 2, 4, 8) if power <= max(1.0, most))
 
 
-def resized(image: Image.Image, box: Cut, size: int, scale: float = 1.0) -> Level:
-    """The box cut out, then resized: nothing from outside of it has a share. The box knows sides ``scale`` times those of ``image``."""
-    left, top, right, bottom = (
-        side / scale for side in (box.left, box.top, box.left + box.width, box.top + box.height)
-    )  # whole numbers if nothing was reduced
+def resize_cut(image: Image.Image, cut: Cut, size: int, scale: float = 1.0) -> Level:
+    """Cut the box out, then resize it: nothing from outside has a share. ``cut`` is in pixels of the image before its reduction."""
+    edges = (cut.left, cut.top, cut.left + cut.width, cut.top + cut.height)
+    left, top, right, bottom = (edge / scale for edge in edges)  # whole numbers if nothing was reduced
     x, y = math.floor(left), math.floor(top)
     part = image.crop((x, y, min(image.width, math.ceil(right)), min(image.height, math.ceil(bottom))))
     inside = (left - x, top - y, min(right - x, part.width), min(bottom - y, part.height))
-    how = Image.Resampling.BICUBIC if box.bicubic else Image.Resampling.BILINEAR
-    return np.asarray(part.resize((size, size), how, inside))
+    resampling = Image.Resampling.BICUBIC if cut.bicubic else Image.Resampling.BILINEAR
+    return np.asarray(part.resize((size, size), resampling, inside))
 
 
-def evaluated(image: Image.Image, size: int, crop_pct: float) -> Level:
-    """The short side resized to size / crop_pct (bicubic, antialiased, both sides rounded down), then the centre: timm's evaluation."""
+def evaluation_view(image: Image.Image, size: int, crop_pct: float) -> Level:
+    """Resize the short side to size / crop_pct (bicubic, antialiased, both sides rounded down), then cut out the centre, as timm does."""
     short = math.floor(size / crop_pct)
     least = min(image.size)
     width, height = (short if side == least else int(short * side / least) for side in image.size)
@@ -119,8 +118,8 @@ def evaluated(image: Image.Image, size: int, crop_pct: float) -> Level:
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
 
 
-class Found(NamedTuple):
-    """What was seen of an image when it was listed; ``fault``: why it cannot be used, or nothing."""
+class Inspected(NamedTuple):
+    """What listing needs to know of an image; ``fault``: why it cannot be used, or nothing."""
 
     length: int
     crc: int
@@ -129,14 +128,12 @@ class Found(NamedTuple):
     fault: str
 
 
-def look(places: Sequence[tuple[str, int, int | None]]) -> list[Found]:
-    """At each image (file, first byte, length; None: all of the file), which is decoded to its end, at an eighth of its sides if it is a
-    JPEG.
-    """
-    return [_look(*place) for place in places]
+def inspect_images(sources: Sequence[tuple[str, int, int | None]]) -> list[Inspected]:
+    """Look at each image (file, first byte, length; None: all of the file): decode it to its end, at an eighth of its sides if a JPEG."""
+    return [_inspect(*source) for source in sources]
 
 
-def _look(file: str, first: int, length: int | None) -> Found:
+def _inspect(file: str, first: int, length: int | None) -> Inspected:
     data = b""
     try:
         with Path(file).open("rb") as opened:
@@ -146,7 +143,7 @@ def _look(file: str, first: int, length: int | None) -> Found:
             width, height = image.size
         decode(data, 8)
     except UnidentifiedImageError:
-        return Found(len(data), 0, 0, 0, "not an image that Pillow knows")
+        return Inspected(len(data), 0, 0, 0, "not an image that Pillow knows")
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        return Found(len(data), 0, 0, 0, " ".join(str(error).split()) or type(error).__name__)
-    return Found(len(data), zlib.crc32(data), height, width, "")
+        return Inspected(len(data), 0, 0, 0, " ".join(str(error).split()) or type(error).__name__)
+    return Inspected(len(data), zlib.crc32(data), height, width, "")

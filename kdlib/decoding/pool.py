@@ -1,4 +1,4 @@
-"""The processes that decode for this one: as many as it has cores to spare, started when they are first asked."""
+"""The processes that decode for this one: as many as it has cores to spare, started on first use."""
 
 import atexit
 import functools
@@ -14,30 +14,30 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
-Made = TypeVar("Made")
-END_SECONDS = 5.0  # that a process has to end what it is doing
+Result = TypeVar("Result")
+END_SECONDS = 5.0  # for a process to end what it is doing
 
 
 def spare(processes: int | None = None) -> int:
-    """Cores of a process beside its own, where so many that train side by side on this machine (None: LOCAL_WORLD_SIZE) share them out."""
+    """Cores of a process beside its own, if ``processes`` that train on this machine (None: LOCAL_WORLD_SIZE) share them out."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores // (processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) - 1
 
 
 def pool() -> "Pool":
-    """Of this process, for as long as it lives."""
-    return _of(os.getpid())
+    """This process's decoding pool; created on first use, kept until exit."""
+    return _pool(os.getpid())
 
 
 @functools.cache
-def _of(_process: int) -> "Pool":  # one that was forked needs its own
-    made = Pool(spare())
-    atexit.register(made.close)
-    return made
+def _pool(_process: int) -> "Pool":  # one that was forked needs its own
+    created = Pool(spare())
+    atexit.register(created.close)
+    return created
 
 
 class Pool:
-    """What is asked is done by whichever process is free; without any, by the caller when it wants the result.
+    """Gives work to whichever process is free; without any, the caller does it when it wants the result.
 
     Interpreters of their own rather than ``multiprocessing``: that would import the main script again, cannot fork beside torch's threads,
     and its clean-up waits for processes of launchers. They talk over sockets rather than shared memory: containers often have 64 MB of it,
@@ -54,11 +54,11 @@ class Pool:
     def __len__(self) -> int:
         return len(self._workers)
 
-    def ask(self, work: Callable[..., Made], *given: Any, then: Callable[[Made], Any] = lambda made: made) -> Callable[[], Any]:
-        """What returns ``then(work(*given))``, or raises its exception, when it is there.
+    def ask(self, work: Callable[..., Result], *given: Any, then: Callable[[Result], Any] = lambda result: result) -> Callable[[], Any]:
+        """Have work done; the returned function waits for ``then(work(*given))``, or raises its exception.
 
-        ``work``, what it is given and what it makes are pickled; ``then`` is called here, by the thread that waits. Raises RuntimeError
-        when a process was ended from outside.
+        ``work``, its arguments and its result are pickled; ``then`` is called here, by the thread that waits. Raises RuntimeError when a
+        process was ended from outside.
         """
         if not self._workers:
             return functools.cache(lambda: then(work(*given)))
@@ -67,7 +67,7 @@ class Pool:
         return future.result
 
     def close(self) -> None:
-        """End all processes; what is not done by then never is."""
+        """End all processes; unfinished work is lost."""
         for _, line in self._workers:
             with suppress(OSError):  # closed already
                 line.shutdown(socket.SHUT_RDWR)
@@ -86,8 +86,8 @@ class Pool:
             try:
                 pickle.dump(asked, file, protocol=5)
                 file.flush()
-                done, found = pickle.load(file)
-                future.set_result(then(found)) if done else future.set_exception(found)
+                done, result = pickle.load(file)
+                future.set_result(then(result)) if done else future.set_exception(result)
             except (EOFError, OSError):
                 error = RuntimeError(f"process {process.pid}, which decodes images, was ended from outside: lack of memory?")
                 future.set_exception(error)

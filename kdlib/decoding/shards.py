@@ -1,4 +1,4 @@
-"""What lies where in a webdataset shard: a tar file in which the parts of a sample follow each other, named ``<key>.<what it is>``."""
+"""The index of a webdataset shard: a tar file in which the parts of a sample follow each other, named ``<key>.<kind>``."""
 
 import tarfile
 from collections.abc import Collection
@@ -16,8 +16,8 @@ class Member(NamedTuple):
     label: str
 
 
-def index(shard: str, extensions: Collection[str]) -> list[Member]:
-    """Every image of a shard, in its order. No image is read. Raises ``Changed`` for what is no whole tar file, and no sample's class."""
+def index_shard(shard: str, extensions: Collection[str]) -> list[Member]:
+    """List every image of a shard, in its order; none is read. Raises ``Changed`` unless it is a whole tar file with classes as text."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, str] = {}
     try:

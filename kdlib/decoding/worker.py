@@ -1,4 +1,4 @@
-"""A process that does what it is asked, one thing after another, until whoever asks is gone: ``python -m kdlib.decoding.worker``."""
+"""A decoding process: does one piece of work after another until its parent is gone. ``python -m kdlib.decoding.worker``."""
 
 import os
 import pickle
@@ -12,10 +12,10 @@ from typing import Any
 LOOK_SECONDS = 1.0  # between two looks at whether the parent is alive: a copy of its end of the socket may outlive it
 
 
-def main(number: int, parent: int) -> None:
-    """Work asked for over the socket with this file number. SIGINT and SIGTERM are the parent's business: it ends its step first."""
-    for sent in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sent, signal.SIG_IGN)
+def serve(number: int, parent: int) -> None:
+    """Do the work that comes over the socket of this file number. SIGINT and SIGTERM are left to the parent: it ends its step first."""
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")  # of odd metadata; what cannot be decoded raises
     with socket.socket(fileno=number) as line, line.makefile("rwb") as file:
         while os.getppid() == parent:
@@ -23,14 +23,14 @@ def main(number: int, parent: int) -> None:
                 continue
             try:
                 work, given = pickle.load(file)
-                pickle.dump(_done(work, given), file, protocol=5)
+                pickle.dump(_attempt(work, given), file, protocol=5)
                 file.flush()
             except (EOFError, pickle.UnpicklingError, OSError):  # it is gone
                 os._exit(0)  # without another attempt to flush
 
 
-def _done(work: Any, given: Any) -> tuple[bool, Any]:
-    """Whether it could be done, and the result or the error."""
+def _attempt(work: Any, given: Any) -> tuple[bool, Any]:
+    """Whether the work could be done, and its result or the error."""
     try:
         return True, work(*given)
     except Exception as error:
@@ -38,4 +38,4 @@ def _done(work: Any, given: Any) -> tuple[bool, Any]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    serve(int(sys.argv[1]), int(sys.argv[2]))

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from kdlib.data.dataset import Split
-from kdlib.data.lazy_images import LazyImages, in_turn
+from kdlib.data.lazy_images import LazyImages, iterate_batches
 from kdlib.parallel.ranks import gather_ranks, rank, world
 from kdlib.types import Images, Logits
 
@@ -101,7 +101,7 @@ def predict(
     try:
         with torch.inference_mode():
             rows = (places[start : start + batch_size] for start in range(0, share, batch_size))
-            parts = [model(to_images(pixels, device)).logits.float() for pixels in in_turn(images, rows)]
+            parts = [model(to_images(pixels, device)).logits.float() for pixels in iterate_batches(images, rows)]
     finally:
         for module, mode in modes:
             module.training = mode

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdlib.engine.teacher import Teacher
 from kdlib.types import Asks, Feature, Images, Output
-from kdlib.views.transfer import to_device
+from kdlib.views.crop import to_device
 
 KEPT = (Feature.LOGITS, Feature.EMBEDDING)  # maps are a hundred times larger than the images themselves
 LARGEST = torch.finfo(torch.float16).max

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 
 from kdlib.types import Images
-from kdlib.views.transfer import to_device
+from kdlib.views.crop import to_device
 
 AREA = (0.02, 1 / 3)  # of the image
 ASPECT = 0.3  # height over width, log-uniform between this and its inverse
@@ -17,8 +17,8 @@ ATTEMPTS = 10  # at a box that fits; then the image stays as it is
 FILL = 0.5
 
 
-def draw(rng: np.random.Generator, probability: float, shape: tuple[int, int, int]) -> Int[np.ndarray, "4 batch"]:
-    """Boxes (top, left, height, width) for a batch of ``shape`` (batch, height, width); height and width 0 where nothing is erased."""
+def draw_erasures(rng: np.random.Generator, probability: float, shape: tuple[int, int, int]) -> Int[np.ndarray, "4 batch"]:
+    """Draw boxes (top, left, height, width) for a batch of ``shape`` (batch, height, width); sides of 0 where nothing is erased."""
     batch, height, width = shape
     area = rng.uniform(*AREA, (ATTEMPTS, batch)) * height * width
     aspect = np.exp(rng.uniform(np.log(ASPECT), -np.log(ASPECT), (ATTEMPTS, batch)))
@@ -27,14 +27,14 @@ def draw(rng: np.random.Generator, probability: float, shape: tuple[int, int, in
     first = np.argmax(fits, axis=0)
     chosen = fits.any(axis=0) & (rng.random(batch) < probability)
     high, wide = (np.where(chosen, np.take_along_axis(sides, first[None], 0)[0], 0) for sides in (high, wide))
-    place = rng.random((2, batch))
-    return np.stack([np.floor(place[0] * (height - high + 1)), np.floor(place[1] * (width - wide + 1)), high, wide]).astype(np.int64)
+    offset = rng.random((2, batch))
+    return np.stack([np.floor(offset[0] * (height - high + 1)), np.floor(offset[1] * (width - wide + 1)), high, wide]).astype(np.int64)
 
 
-def apply(images: Images, boxes: Int[np.ndarray, "4 batch"]) -> Images:
-    """The images with their boxes filled."""
+def erase(images: Images, boxes: Int[np.ndarray, "4 batch"]) -> Images:
+    """Fill the images' boxes."""
     height, width = images.shape[2:]
-    top, left, high, wide = (to_device(side, images.device)[:, None] for side in boxes)
+    top, left, high, wide = to_device(boxes, images.device)[..., None]
     y, x = (torch.arange(side, device=images.device) for side in (height, width))
     inside = ((y >= top) & (y < top + high))[:, :, None] & ((x >= left) & (x < left + wide))[:, None, :]
     return images.clone().masked_fill_(inside[:, None], FILL)  # a new tensor would leave channels_last

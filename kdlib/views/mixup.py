@@ -15,17 +15,17 @@ SWITCH = 0.5  # probability of cutmix where both are on (timm's default)
 
 @dataclass(frozen=True)
 class Mix:
-    """Image i keeps ``share`` of itself and takes the rest from image B - 1 - i: as a blend, or as the box (top, bottom, left, right)."""
+    """How a batch is mixed: image i keeps ``share`` of itself and takes the rest from image B - 1 - i, as a blend or as a box."""
 
     share: float
-    box: tuple[int, int, int, int] | None = None
+    box: tuple[int, int, int, int] | None = None  # top, bottom, left, right
 
 
 UNMIXED = Mix(1.0)
 
 
-def draw(rng: np.random.Generator, recipe: Recipe, height: int, width: int) -> Mix:
-    """The mixing of one batch; the weight is from Beta(alpha, alpha).
+def draw_mix(rng: np.random.Generator, recipe: Recipe, height: int, width: int) -> Mix:
+    """Draw the mixing of one batch; the weight is from Beta(alpha, alpha).
 
     Sources: mixup, arXiv 1710.09412, section 2; cutmix, arXiv 1905.04899, section 3.1; the switch between them: timm.
     """
@@ -49,8 +49,8 @@ def cutmix(share: float, row: int, column: int, height: int, width: int) -> Mix:
     return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
-def images(batch: Images, mix: Mix) -> Images:
-    """Each image mixed with that of the mirrored place in the batch."""
+def mix_images(batch: Images, mix: Mix) -> Images:
+    """Mix each image with that at the mirrored position in the batch."""
     if mix.share == 1:
         return batch
     if mix.box is None:
@@ -61,13 +61,13 @@ def images(batch: Images, mix: Mix) -> Images:
     return mixed
 
 
-def targets(labels: Int[Tensor, " batch"], classes: int, smoothing: float, mix: Mix) -> Float[Tensor, "batch classes"]:
-    """Probabilities: ``smoothing`` is spread over all classes, the rest goes to the two labels by their shares."""
+def mix_targets(labels: Int[Tensor, " batch"], classes: int, smoothing: float, mix: Mix) -> Float[Tensor, "batch classes"]:
+    """Mix the targets, as probabilities: ``smoothing`` is spread over all classes, the rest goes to the two labels by their shares."""
     hard = torch.full((len(labels), classes), smoothing / classes, device=labels.device)
     hard.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
     return hard if mix.share == 1 else torch.lerp(hard.flip(0), hard, mix.share)
 
 
-def majority(labels: Int[Tensor, " batch"], mix: Mix) -> Int[Tensor, " batch"]:
+def majority_labels(labels: Int[Tensor, " batch"], mix: Mix) -> Int[Tensor, " batch"]:
     """The label with the larger share; the image's own where they are equal."""
     return labels if mix.share >= 1 - mix.share else labels.flip(0)

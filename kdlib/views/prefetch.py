@@ -5,24 +5,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
 
-from kdlib.data.lazy_images import LazyImages, Wanted
+from kdlib.data.lazy_images import Decode, LazyImages, Levels, Rows
 
 AHEAD = 2  # steps; each holds batch_size x 3 size^2 bytes of this process's groups
-
-Rows = Int[np.ndarray, " batch"]
-Levels = UInt8[np.ndarray, "batch size size 3"]
 
 
 @dataclass(frozen=True, eq=False)
 class DecodePrefetch:
-    """An image of which several groups of a step want views, as with repeated augmentation, is decoded once for those of this process."""
+    """Decodes an image once for all views of it that this process's groups of a step want, as with repeated augmentation."""
 
     images: LazyImages
     wanted: Callable[[int, int], tuple[Rows, Sequence[Any]]]  # of (step, group): the image of each view, and what view of it
-    work: Callable[..., Levels]  # what makes views of units (image, views that are wanted of it)
-    more: tuple[Any, ...]  # that it needs
+    decode: Decode
     groups: range  # of this process
     _asked: dict[int, Callable[[], dict[int, Levels]]] = field(default_factory=dict, init=False, repr=False)
 
@@ -39,18 +34,11 @@ class DecodePrefetch:
         return self._asked[step]()[group]
 
     def ask(self, step: int, groups: range) -> Callable[[], dict[int, Levels]]:
-        """What returns the views of these groups when they are there."""
-        made: dict[int, Levels] = {}
-        wanted: dict[int, list[Wanted]] = {}
+        """Have the views of these groups decoded; the returned function waits for them."""
+        levels: dict[int, Levels] = {}
+        wanted: list[tuple[int, Any, np.ndarray]] = []
         for group in groups:
             rows, views = self.wanted(step, group)
-            made[group] = np.empty((len(rows), self.images.size, self.images.size, 3), np.uint8)
-            for row, view, home in zip(rows.tolist(), views, made[group], strict=True):
-                wanted.setdefault(row, []).append((view, home))
-        waiting = self.images.ask(self.work, wanted, *self.more)
-
-        def there() -> dict[int, Levels]:
-            waiting()
-            return made
-
-        return there
+            levels[group] = np.empty((len(rows), self.images.size, self.images.size, 3), np.uint8)
+            wanted += zip(rows.tolist(), views, levels[group], strict=True)
+        return self.images.ask(self.decode, wanted, levels)

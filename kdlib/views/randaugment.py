@@ -2,7 +2,7 @@
 
 Cubuk et al., CVPRW 2020 (arXiv 1909.13719), with the operations, magnitude scales and probabilities of timm's
 ``rand-m<magnitude>-n<operations>-mstd<magnitude_std>`` and the arithmetic of Pillow, on which that is defined. Differences from timm:
-places between pixels are always bilinear (timm draws bilinear or bicubic), and posterizing to 0 bits gives black (Pillow refuses it).
+points between pixels are always bilinear (timm draws bilinear or bicubic), and posterizing to 0 bits gives black (Pillow refuses it).
 As in timm, what moves in from outside is grey, and Posterize, Solarize and the four enhancements are *weaker* for some larger magnitudes
 (at magnitude 7: 2 bits, threshold 179, factor 1.36).
 """
@@ -17,21 +17,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kdlib.config.schema import RandAugmentParams
-from kdlib.views.crop import Levels, sample
-from kdlib.views.transfer import to_device
+from kdlib.views.crop import Levels, sample, to_device
 
 APPLIED = 0.5  # probability that a chosen operation is applied (timm's default)
 FILL = 128
 HIGHEST = 10.0  # magnitudes are from 0 to this
 
 PerImage = Float[Tensor, " batch"]
-Places = Float[Tensor, "batch height width"]
 Shares = Float[np.ndarray, " chosen"]  # of the highest magnitude
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What happens to each image, in the order of the first axis."""
+    """The operations of each image, in the order of the first axis."""
 
     operation: Int[np.ndarray, "operations batch"]  # position in OPERATIONS
     applied: Bool[np.ndarray, "operations batch"]
@@ -39,8 +37,8 @@ class Draws:
     sign: Int[np.ndarray, "operations batch"]  # -1 or 1, the direction of a movement
 
 
-def draw(rng: np.random.Generator, params: RandAugmentParams, batch: int) -> Draws:
-    """Operations uniformly and with replacement, magnitudes from a clipped normal distribution."""
+def draw_operations(rng: np.random.Generator, params: RandAugmentParams, batch: int) -> Draws:
+    """Draw operations uniformly and with replacement, magnitudes from a clipped normal distribution."""
     shape = (params.operations, batch)
     return Draws(
         operation=rng.integers(len(OPERATIONS), size=shape),
@@ -50,18 +48,22 @@ def draw(rng: np.random.Generator, params: RandAugmentParams, batch: int) -> Dra
     )
 
 
-def apply(images: Levels, draws: Draws) -> Levels:
-    """The images after their operations. Which image needs what is sorted out on the host, so that a device is never waited for."""
+def augment(images: Levels, draws: Draws) -> Levels:
+    """Apply their operations to the images. Which image needs what is sorted out on the host, so that a device is never waited for."""
     if not draws.applied.any():
         return images
-    images = images.clone()
+    passes: list[tuple[Callable[[Levels, PerImage], Levels], np.ndarray, np.ndarray]] = []  # an operation, its images, their arguments
     for operation, applied, magnitude, sign in zip(draws.operation, draws.applied, draws.magnitude, draws.sign, strict=True):
-        for number, (act, argument) in enumerate(OPERATIONS.values()):
+        for number, (operate, argument) in enumerate(OPERATIONS.values()):
             chosen = np.flatnonzero(applied & (operation == number))
             if len(chosen):
-                values = argument(magnitude[chosen] / HIGHEST, sign[chosen]).astype(np.float32)
-                where = to_device(chosen, images.device)
-                images[where] = act(images[where], to_device(values, images.device))
+                passes.append((operate, chosen, argument(magnitude[chosen] / HIGHEST, sign[chosen]).astype(np.float32)))
+    operations, *arrays = zip(*passes, strict=True)
+    sizes = [len(chosen) for chosen in arrays[0]]
+    rows, arguments = (to_device(np.concatenate(array), images.device).split(sizes) for array in arrays)
+    images = images.clone()
+    for operate, chosen, values in zip(operations, rows, arguments, strict=True):
+        images[chosen] = operate(images[chosen], values)
     return images
 
 
@@ -69,14 +71,14 @@ def _columns(values: PerImage) -> Float[Tensor, "batch 1 1 1"]:
     return values[:, None, None, None]
 
 
-# Tables: what becomes of each of the 256 levels
+# Tables: the new value of each of the 256 levels
 
 
 def _look_up(images: Levels, table: Int[Tensor, "batch channels 256"]) -> Levels:
-    """Each channel of each image through its own table."""
+    """Replace the levels of each channel of each image by its table's."""
     planes = images.permute(0, 3, 1, 2)
-    found = table.clamp(0, 255).byte().gather(2, planes.flatten(2).long())
-    return found.reshape(planes.shape).permute(0, 2, 3, 1)
+    replaced = table.clamp(0, 255).byte().gather(2, planes.flatten(2).long())
+    return replaced.reshape(planes.shape).permute(0, 2, 3, 1)
 
 
 def auto_contrast(images: Levels, _: PerImage) -> Levels:
@@ -99,6 +101,7 @@ def equalize(images: Levels, _: PerImage) -> Levels:
 
 
 def invert(images: Levels, _: PerImage) -> Levels:
+    """Turn dark into light."""
     return 255 - images
 
 
@@ -163,14 +166,14 @@ def sharpness(images: Levels, factor: PerImage) -> Levels:
 
 
 def _centres(images: Levels) -> tuple[Float[Tensor, "height 1"], Float[Tensor, " width"]]:
-    """Places of the pixels, in pixels."""
+    """Centres of the pixels, in pixels."""
     _, height, width, _ = images.shape
     y, x = (torch.arange(side, device=images.device, dtype=torch.float32) + 0.5 for side in (height, width))
     return y[:, None], x
 
 
 def _fetch(images: Levels, y: Tensor, x: Tensor) -> Levels:
-    """Views whose pixels come from the places (y, x); grey where these lie outside the image."""
+    """Sample pixels at the points (y, x); grey where these lie outside the image."""
     batch, height, width, _ = images.shape
     y, x = y.expand(batch, height, width), x.expand(batch, height, width)
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
@@ -178,7 +181,7 @@ def _fetch(images: Levels, y: Tensor, x: Tensor) -> Levels:
 
 
 def rotate(images: Levels, degrees: PerImage) -> Levels:
-    """Counter-clockwise about the centre."""
+    """Turn counter-clockwise about the centre."""
     y, x = _centres(images)
     dy, dx = y - images.shape[1] / 2, x - images.shape[2] / 2
     cos, sin = torch.cos(torch.deg2rad(degrees))[:, None, None], torch.sin(torch.deg2rad(degrees))[:, None, None]

@@ -10,17 +10,14 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from kdlib.config.schema import Recipe
-from kdlib.data.lazy_images import LazyImages
-from kdlib.decoding import pixels
+from kdlib.data.lazy_images import LazyImages, Rows
 from kdlib.decoding.pixels import Cut
 from kdlib.parallel.ranks import local_groups
 from kdlib.seed import generator
 from kdlib.types import Batch
 from kdlib.views import crop, erasing, mixup, randaugment, timm_pil
+from kdlib.views.crop import to_device
 from kdlib.views.prefetch import DecodePrefetch
-from kdlib.views.transfer import to_device
-
-Rows = Int[np.ndarray, " batch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,87 +51,60 @@ class ViewStream:
             raise ValueError(f"batch_size: found {self.recipe.batch_size}; allowed: at most the {len(self.index)} training images")
 
     def batch(self, step: int, group: int = 0) -> Batch:
-        """The views of one group of a step, both from 0: float32 in [0, 1], channels_last."""
-        places, rows = self.places(step, group), self._rows(step, group)
-        rng = self._generator(step, group)
-        levels = self._views(rows, rng, step, group)
-        height, width = levels.shape[1:3]
-        mix = mixup.draw(rng, self.recipe, height, width)
-        labels = to_device(np.asarray(self.labels[rows], np.int64), self.device)
-        mixed = torch.full((len(rows),), mix.share != 1, device=self.device)
-        values = levels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(255)
-        images = mixup.images(values, mix)
-        if self.recipe.erasing:
-            images = erasing.apply(images, erasing.draw(rng, self.recipe.erasing, (len(rows), height, width)))
-        return Batch(
-            images=images,
-            targets=mixup.targets(labels, self.classes, self.recipe.label_smoothing, mix),
-            labels=mixup.majority(labels, mix),
-            index=to_device(places, self.device),
-            mixed=mixed,
-        )
-
-    def _views(self, rows: Rows, rng: np.random.Generator, step: int, group: int) -> crop.Levels:
-        """Cropped and augmented, before anything is mixed or erased."""
-        recipe = self.recipe
-        if recipe.augment == "timm":
-            return to_device(self._timms(rows, step, group), self.device)
-        if isinstance(self.images, LazyImages):
-            crops, _ = self._cuts(rows, rng)
-            levels = to_device(self.reading.levels(step, group), self.device)
-            levels = crop.shift_and_flip(levels, crops.shifts, crops.flips)
+        """Make the views of one group of a step, both counted from 0: float32 in [0, 1], channels_last."""
+        recipe, images = self.recipe, self.images
+        number = step * recipe.groups + group  # over all steps
+        positions = self.positions(step, group)
+        rng = generator(self.seed, "views", number)
+        rows = np.asarray(self.index[positions], np.int64)
+        index, labels = (to_device(values, self.device) for values in (positions, np.asarray(self.labels[rows], np.int64)))
+        if isinstance(images, LazyImages):
+            levels = to_device(self.prefetch.levels(step, group), self.device)
+            if recipe.augment == "batched":  # boxes are cut out while decoding
+                crops, _ = crop.draw_cuts(rng, recipe, self.hflip, images.size, images.sides(rows))
+                levels = crop.shift_and_flip(levels, crops.shifts, crops.flips)
+        elif recipe.augment == "timm":
+            keys = timm_pil.view_keys(self.seed, number, len(rows))
+            pixels = torch.as_tensor(images[rows]).numpy(force=True)
+            levels = to_device(timm_pil.transform_images(pixels, recipe, self.hflip, keys), self.device)
         else:
-            images = self.images
             levels = (
                 images[to_device(rows, self.device)] if isinstance(images, Tensor) else to_device(np.asarray(images[rows]), self.device)
             )
-            batch, height, width, _ = levels.shape
-            levels = crop.crop(levels, crop.draw(rng, recipe, self.hflip, (batch, height, width)))
-        return randaugment.apply(levels, randaugment.draw(rng, recipe.randaugment, len(rows)))
-
-    def _timms(self, rows: Rows, step: int, group: int) -> timm_pil.Pixels:
-        if isinstance(self.images, LazyImages):
-            return self.reading.levels(step, group)
-        images = self.images[rows] if isinstance(self.images, np.ndarray) else self.images[to_device(rows, self.device)].cpu().numpy()
-        return timm_pil.views(np.asarray(images), self.recipe, self.hflip, self._keys(step, group))
-
-    def _keys(self, step: int, group: int) -> timm_pil.Keys:
-        return (self.seed, "timm", step * self.recipe.groups + group)
-
-    def _cuts(self, rows: Rows, rng: np.random.Generator) -> tuple[crop.Crops, list[Cut | None]]:
-        """What is drawn of views of original images: boxes are cut out of these, shifts and flips move the views."""
-        assert isinstance(self.images, LazyImages)
-        size, batch = self.images.size, len(rows)
-        crops = crop.draw(rng, self.recipe, self.hflip, (batch, size, size), self.images.sides(rows))
-        bicubic = rng.random(batch) < 0.5
-        if crops.boxes is None:
-            return crops, [None] * batch
-        return crops, [Cut(*box) for box in zip(*crops.boxes.tolist(), bicubic.tolist(), strict=True)]
-
-    def _wanted(self, step: int, group: int) -> tuple[Rows, Sequence[timm_pil.Keys | Cut | None]]:
-        """The images of a group, and what view of each is to be made."""
-        rows = self._rows(step, group)
-        if self.recipe.augment == "timm":
-            return rows, [(*self._keys(step, group), i) for i in range(len(rows))]
-        return rows, self._cuts(rows, self._generator(step, group))[1]
+            levels = crop.crop(levels, crop.draw_crops(rng, recipe, self.hflip, levels.shape[:3]))
+        if recipe.augment == "batched":
+            levels = randaugment.augment(levels, randaugment.draw_operations(rng, recipe.randaugment, len(rows)))
+        views = levels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(255)
+        height, width = views.shape[2:]
+        mix = mixup.draw_mix(rng, recipe, height, width)
+        views = mixup.mix_images(views, mix)
+        targets = mixup.mix_targets(labels, self.classes, recipe.label_smoothing, mix)
+        labels = mixup.majority_labels(labels, mix)
+        if recipe.erasing:
+            views = erasing.erase(views, erasing.draw_erasures(rng, recipe.erasing, (len(rows), height, width)))
+        return Batch(views, targets, labels, index, mixed=torch.full((len(rows),), mix.share != 1, device=self.device))
 
     @functools.cached_property
-    def reading(self) -> DecodePrefetch:
-        images = self.images
+    def prefetch(self) -> DecodePrefetch:
+        """Decodes views of images that stay in their files, ahead of the steps that want them."""
+        images, recipe = self.images, self.recipe
         assert isinstance(images, LazyImages)
-        groups = local_groups(self.recipe.groups)
-        if self.recipe.augment == "timm":
-            return DecodePrefetch(images, self._wanted, timm_pil.views_of_files, (self.recipe, self.hflip, images.size), groups)
-        return DecodePrefetch(images, self._wanted, pixels.views, (images.size, images.crop_pct), groups)
 
-    def _rows(self, step: int, group: int) -> Rows:
-        return np.asarray(self.index[self.places(step, group)], np.int64)
+        def wanted(step: int, group: int) -> tuple[Rows, Sequence[timm_pil.Keys | Cut | None]]:
+            number = step * recipe.groups + group
+            rows = np.asarray(self.index[self.positions(step, group)], np.int64)
+            if recipe.augment == "timm":
+                return rows, timm_pil.view_keys(self.seed, number, len(rows))
+            rng = generator(self.seed, "views", number)
+            return rows, crop.draw_cuts(rng, recipe, self.hflip, images.size, images.sides(rows))[1]
 
-    def _generator(self, step: int, group: int) -> np.random.Generator:
-        return generator(self.seed, "views", step * self.recipe.groups + group)
+        decode = images.decode
+        if recipe.augment == "timm":
+            decode = functools.partial(timm_pil.transform_files, recipe=recipe, hflip=self.hflip, size=images.size)
+        return DecodePrefetch(images, wanted, decode, local_groups(recipe.groups))
 
-    def places(self, step: int, group: int = 0) -> Int[np.ndarray, " batch"]:
-        """Which entries of ``index`` a group of this step holds. From two passes where it runs on from one into the next."""
+    def positions(self, step: int, group: int = 0) -> Int[np.ndarray, " batch"]:
+        """Positions in ``index`` that a group of this step holds: of two passes where it runs on from one into the next."""
         recipe, subset = self.recipe, len(self.index)
         views = np.arange(step * recipe.batch_size + group, (step + 1) * recipe.batch_size, recipe.groups)
         images = views // recipe.repeats
@@ -148,7 +118,7 @@ class ViewStream:
         return (step + 1) * size // subset > step * size // subset
 
     def _order(self, number: int) -> Int[np.ndarray, " subset"]:
-        """A pass's permutation of the subset. The last two are kept: recomputing one costs as much as a small batch."""
+        """Permute the subset for a pass. The last two orders are kept: recomputing one costs as much as a small batch."""
         order = self._orders.get(number)
         if order is None:
             order = self._orders[number] = generator(self.seed, "order", number).permutation(len(self.index))

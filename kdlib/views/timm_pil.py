@@ -14,43 +14,45 @@ from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from kdlib.config.schema import RandAugmentParams, Recipe
-from kdlib.decoding.pixels import ByteRange, decode, read
+from kdlib.decoding.pixels import ByteRange, decode, read_bytes
 from kdlib.seed import global_draws
 
 Keys = tuple[int | str, ...]
 Pixels = UInt8[np.ndarray, "batch height width channels"]
 
 
-def views(images: Pixels, recipe: Recipe, hflip: float, keys: Keys) -> Pixels:
-    """A view of each image; what image i's transforms draw is named by (*keys, i), whatever came before."""
+def view_keys(seed: int, group: int, views: int) -> list[Keys]:
+    """The keys of each view's draws; ``group``: of the stream, counted over all steps. Nothing drawn before matters."""
+    return [(seed, "timm", group, view) for view in range(views)]
+
+
+def transform_images(images: Pixels, recipe: Recipe, hflip: float, keys: Sequence[Keys]) -> Pixels:
+    """Make a view of each image by the draws of its keys."""
     _, height, width, channels = images.shape
-    found = np.empty_like(images)
-    for i, image in enumerate(images):
-        made = view(Image.fromarray(np.broadcast_to(image, (height, width, 3))), recipe, hflip, (height, width), (*keys, i))
-        found[i] = made[..., :channels]
-    return found
+    colours = (Image.fromarray(np.broadcast_to(image, (height, width, 3))) for image in images)
+    views = [transform_image(colour, recipe, hflip, (height, width), key) for colour, key in zip(colours, keys, strict=True)]
+    return np.stack(views)[..., :channels]
 
 
-def view(image: Image.Image, recipe: Recipe, hflip: float, sides: tuple[int, int], keys: Keys) -> UInt8[np.ndarray, "height width 3"]:
-    """One view, of these sides, of a colour image of any."""
-    with global_draws(*keys):
-        made = np.asarray(_transform(recipe.crop_min_area, recipe.randaugment, hflip, sides)(image))
-    return made.transpose(1, 2, 0)
+def transform_files(units: Sequence[tuple[ByteRange, Sequence[Keys]]], recipe: Recipe, hflip: float, size: int) -> Pixels:
+    """Make the views of each unit by the draws of their keys, in order. Each image is decoded once. Raises ``Changed``."""
+    decoded = ((decode(read_bytes(source))[0], keys) for source, keys in units)
+    return np.stack([transform_image(image, recipe, hflip, (size, size), key) for image, keys in decoded for key in keys])
 
 
-def views_of_files(units: Sequence[tuple[ByteRange, Sequence[Keys]]], recipe: Recipe, hflip: float, size: int) -> Pixels:
-    """The views of each unit, named by their keys, in order. Each image is decoded once. Raises ``Changed``."""
-    found = []
-    for place, views in units:
-        image, _ = decode(read(place))
-        found += [view(image, recipe, hflip, (size, size), keys) for keys in views]
-    return np.stack(found)
+def transform_image(
+    image: Image.Image, recipe: Recipe, hflip: float, sides: tuple[int, int], key: Keys
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Make one view, of these sides, of a colour image of any."""
+    with global_draws(*key):
+        planes = np.asarray(_transform(recipe.crop_min_area, recipe.randaugment, hflip, sides)(image))
+    return planes.transpose(1, 2, 0)
 
 
 @functools.lru_cache(4)
 def _transform(min_area: float, params: RandAugmentParams, hflip: float, sides: tuple[int, int]) -> Callable[[Image.Image], Tensor]:
     policy = f"rand-m{params.magnitude:g}-n{params.operations}-mstd{params.magnitude_std:g}" if params.operations else None
-    made: Callable[[Image.Image], Tensor] = create_transform(
+    transform: Callable[[Image.Image], Tensor] = create_transform(
         (3, *sides),
         is_training=True,
         use_prefetcher=True,  # leaves pixels as they are: every model normalises for itself
@@ -60,4 +62,4 @@ def _transform(min_area: float, params: RandAugmentParams, hflip: float, sides: 
         color_jitter=0.0,
         interpolation="random",
     )
-    return made
+    return transform

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.config.schema import DataSource
-from kdlib.data.dataset import Content, DataSet, write
+from kdlib.data.dataset import Content, DataSet, write_dataset
 from kdlib.data.sources import cifar100, digits, folder, fractals, imagenet, originals
 
 # A source takes its name in params.yaml and its parameters, checks them against what lies on disk, and offers content.
@@ -20,15 +20,15 @@ SOURCES: dict[str, Callable[[str, Any], Content]] = {
 
 
 def prepare(name: str, params: DataSource, folder: Path, progress: bool = True) -> DataSet:
-    """Make the data set folder ``folder`` of ``data.<name>``, all of it or nothing. Raises ``Refused``."""
-    return write(folder, name, params, SOURCES[params.source](name, params), progress)
+    """Write the data set folder of ``data.<name>``, all of it or nothing. Raises ``Refused``."""
+    return write_dataset(folder, name, params, SOURCES[params.source](name, params), progress)
 
 
 Shape = tuple[int, int, int]  # classes, channels, size in pixels
 
 
 def declared_shape(source: DataSource) -> Shape:
-    """What params.yaml alone tells of a data set. Where it does not tell the classes, many: only their lack is ever refused."""
+    """The shape that params.yaml alone tells. Where it does not tell the classes, many: only their lack is ever refused."""
     if source.source == "digits":
         return 10, 1, 8
     if source.source == "fractals":

@@ -9,7 +9,7 @@ from torchvision.datasets import CIFAR100
 
 from kdlib.config.schema import Cifar100
 from kdlib.data.dataset import BLOCK, SPLITS, Content, Images
-from kdlib.data.paths import place
+from kdlib.data.paths import resolve_path
 from kdlib.data.splits import stratified_split
 from kdlib.errors import refuse
 
@@ -17,7 +17,7 @@ from kdlib.errors import refuse
 def contents(name: str, params: Cifar100) -> Content:
     """Train and val are a stratified split of the official training split by ``params.seed``; test is the official test split."""
     key = f"data.{name}.path"
-    root = place(key, params.path)
+    root = resolve_path(key, params.path)
     if not root.is_dir() and not params.download:
         raise refuse(key, str(root), "a folder that holds cifar-100-python/", "correct the path, or set download: true")
     train, test = (_read(key, root, official, params.download) for official in (True, False))
@@ -39,5 +39,5 @@ def _read(key: str, root: Path, official_train: bool, download: bool) -> CIFAR10
     try:
         return CIFAR100(str(root), train=official_train, download=download)
     except (RuntimeError, OSError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        found = f"{root}: {' '.join(str(error).split())}"
-        raise refuse(key, found, "a whole cifar-100-python/", "unpack the archive anew, or set download: true") from error
+        fault = f"{root}: {' '.join(str(error).split())}"
+        raise refuse(key, fault, "a whole cifar-100-python/", "unpack the archive anew, or set download: true") from error

@@ -8,8 +8,8 @@ from kdlib.errors import refuse
 SHOWN = 5  # names that a refusal lists
 
 
-def read(key: str, file: Path) -> list[str]:
-    """The names, by number. Raises ``Refused`` about ``key`` for a file that is not of this form."""
+def read_class_map(key: str, file: Path) -> list[str]:
+    """Read the names, by number. Raises ``Refused`` about ``key`` for a file that is not of this form."""
     try:
         lines = [line.split() for line in file.read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -18,19 +18,16 @@ def read(key: str, file: Path) -> list[str]:
     names = {line[0]: int(line[1]) if numbered else number for number, line in enumerate(lines)}
     numbers = sorted(names.values())
     if numbers != list(range(len(lines))) or not (numbered or all(len(line) == 1 for line in lines)):
-        found = f"{file}, {len(lines)} lines with {len(names)} different names"
-        raise refuse(key, found, "each class once: its name, or its name and its number, from 0", "correct the file")
+        fault = f"{file}, {len(lines)} lines with {len(names)} different names"
+        raise refuse(key, fault, "each class once: its name, or its name and its number, from 0", "correct the file")
     return sorted(names, key=names.__getitem__)
 
 
-def check(key: str, names: Collection[str], found: Collection[str]) -> None:
-    """Raises ``Refused`` about ``key`` if the images are not of just these classes."""
-    missing, unexpected = sorted(set(names) - set(found)), sorted(set(found) - set(names))
+def check_classes(key: str, names: Collection[str], present: Collection[str]) -> None:
+    """Raise ``Refused`` about ``key`` if the images are not of just these classes."""
+    missing, unexpected = sorted(set(names) - set(present)), sorted(set(present) - set(names))
     if missing or unexpected:
-        odd = [
-            f"{len(which)} {what}: {', '.join(which[:SHOWN])}"
-            for what, which in (("missing", missing), ("unexpected", unexpected))
-            if which
-        ]
+        kinds = {"missing": missing, "unexpected": unexpected}
+        odd = [f"{len(which)} {kind}: {', '.join(which[:SHOWN])}" for kind, which in kinds.items() if which]
         do = "correct the file, or set class_map to null for the natural order of the folders"
-        raise refuse(key, f"{len(names)} classes for images of {len(set(found))}", f"the classes of the images ({'; '.join(odd)})", do)
+        raise refuse(key, f"{len(names)} classes for images of {len(set(present))}", f"the classes of the images ({'; '.join(odd)})", do)

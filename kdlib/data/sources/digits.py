@@ -10,7 +10,7 @@ from kdlib.data.splits import stratified_split
 
 
 def contents(name: str, params: Digits) -> Content:
-    """A stratified split by ``params.seed``. The 17 grey levels 0..16 become ``(255 v + 8) // 16``: 0..255, rounded half up."""
+    """Split stratified by ``params.seed``. The 17 grey levels 0..16 become ``(255 v + 8) // 16``: 0..255, rounded half up."""
     from sklearn.datasets import load_digits  # noqa: PLC0415  (takes a second, which no other stage should pay)
 
     raw = load_digits()

@@ -21,54 +21,53 @@ SPREAD = np.array([0.75, 0.75, 0.45, 0.45, 0.6, 0.6])
 
 
 def contents(name: str, params: Fractals) -> Content:  # noqa: ARG001  (every source is called alike)
-    """``<split>_per_class`` images of each class, in the order of the classes."""
+    """Render ``<split>_per_class`` images of each class, in the order of the classes."""
     counts = {"train": params.train_per_class, "val": params.val_per_class, "test": params.test_per_class}
     labels = {split: np.repeat(np.arange(params.classes, dtype=np.int64), counts[split]) for split in SPLITS}
-    systems = [system(params.seed, label) for label in range(params.classes)]
+    systems = [draw_system(params.seed, label) for label in range(params.classes)]
 
     def blocks(split: str) -> Iterator[Images]:
         step = max(1, min(BLOCK // 8, 2**18) // (params.points + params.size**2))
-        for label, drawn in enumerate(systems):
+        for label, system in enumerate(systems):
             for start in range(0, counts[split], step):
-                yield images(params, drawn, (split, label), range(start, min(start + step, counts[split])))
+                yield render_images(params, system, (split, label), range(start, min(start + step, counts[split])))
 
     return Content([f"system_{label:04d}" for label in range(params.classes)], params.size, 1, labels, blocks)
 
 
-def system(seed: int, label: int) -> Float64[np.ndarray, "maps 6"]:
-    """The maps of a class as (theta, phi, s1, s2, x, y), see ``coefficients``; drawn anew until one looks neither empty nor full."""
+def draw_system(seed: int, label: int) -> Float64[np.ndarray, "maps 6"]:
+    """Draw the maps of a class as (theta, phi, s1, s2, x, y), see ``coefficients``; again until one looks neither empty nor full."""
     from kdlib.data.sources.ifs_numba import BURN_IN, render  # noqa: PLC0415  (see its docstring)
 
     random = generator(seed, "fractals", "class", label)
     while True:
-        drawn = _candidate(random)
-        maps = coefficients(drawn[None])
+        system = _draw_candidate(random)
+        maps = coefficients(system[None])
         trial = render(maps, chances(maps), random.random((1, BURN_IN + 1000)), 32)
         if FILL[0] <= np.count_nonzero(trial) / 30**2 <= FILL[1]:
-            return drawn
+            return system
 
 
-def images(params: Fractals, drawn: Float64[np.ndarray, "maps 6"], part: tuple[str, int], which: range) -> Images:
-    """Images number ``which`` of (split, label). Each is a function of (seed, split, label, number) alone."""
+def render_images(params: Fractals, system: Float64[np.ndarray, "maps 6"], part: tuple[str, int], numbers: range) -> Images:
+    """Render the images of these numbers of (split, label). Each is a function of (seed, split, label, number) alone."""
     from kdlib.data.sources.ifs_numba import BURN_IN, render  # noqa: PLC0415
 
     steps = BURN_IN + params.points
-    draws = np.stack([generator(params.seed, "fractals", *part, number).random(drawn.size + steps) for number in which])
-    noise = 2 * draws[:, : drawn.size].reshape(-1, *drawn.shape) - 1
-    maps = coefficients(jittered(drawn, params.jitter * noise))
-    rendered = render(maps, chances(maps), np.ascontiguousarray(draws[:, drawn.size :]), params.size)
-    return rendered[..., None]
+    draws = np.stack([generator(params.seed, "fractals", *part, number).random(system.size + steps) for number in numbers])
+    noise = 2 * draws[:, : system.size].reshape(-1, *system.shape) - 1
+    maps = coefficients(jitter(system, params.jitter * noise))
+    return render(maps, chances(maps), np.ascontiguousarray(draws[:, system.size :]), params.size)[..., None]
 
 
-def jittered(drawn: Float64[np.ndarray, "maps 6"], noise: Float64[np.ndarray, "images maps 6"]) -> Float64[np.ndarray, "images maps 6"]:
-    """Angles and translation are shifted, singular values multiplied; the maps stay contractive. Noise in [-1, 1]."""
-    out: np.ndarray = drawn + SPREAD * noise
-    out[..., 2:4] = np.clip(drawn[:, 2:4] * (1 + SPREAD[2:4] * noise[..., 2:4]), -LARGEST, LARGEST)
+def jitter(system: Float64[np.ndarray, "maps 6"], noise: Float64[np.ndarray, "images maps 6"]) -> Float64[np.ndarray, "images maps 6"]:
+    """Shift angles and translation, multiply singular values; the maps stay contractive. Noise in [-1, 1]."""
+    out: np.ndarray = system + SPREAD * noise
+    out[..., 2:4] = np.clip(system[:, 2:4] * (1 + SPREAD[2:4] * noise[..., 2:4]), -LARGEST, LARGEST)
     return out
 
 
 def coefficients(maps: Float64[np.ndarray, "images maps 6"]) -> Float64[np.ndarray, "images maps 6"]:
-    """(theta, phi, s1, s2, x, y) -> (a, b, c, d, e, f): [[a, b], [c, d]] = R(theta) diag(s1, s2) R(phi), then + (e, f) = (x, y).
+    """Turn (theta, phi, s1, s2, x, y) into (a, b, c, d, e, f): [[a, b], [c, d]] = R(theta) diag(s1, s2) R(phi), then + (e, f) = (x, y).
 
     Rounded to 2^-20, so that a last bit of another machine's sine changes no pixel.
     """
@@ -87,8 +86,8 @@ def chances(maps: Float64[np.ndarray, "images maps 6"]) -> Float64[np.ndarray, "
     return np.cumsum(size / size.sum(-1, keepdims=True), -1)
 
 
-def _candidate(random: np.random.Generator) -> Float64[np.ndarray, "maps 6"]:
-    """2 to 4 maps whose sum of s1 + 2 s2 lies between (5 + maps) / 2 and (6 + maps) / 2 (Anderson and Farrell's sigma-factor)."""
+def _draw_candidate(random: np.random.Generator) -> Float64[np.ndarray, "maps 6"]:
+    """Draw 2 to 4 maps whose sum of s1 + 2 s2 lies between (5 + maps) / 2 and (6 + maps) / 2 (Anderson and Farrell's sigma-factor)."""
     maps = int(random.integers(2, 5))
     while True:
         values = np.sort(random.uniform(0, LARGEST, (maps, 2)), axis=1)[:, ::-1]

@@ -1,6 +1,6 @@
 """A Hugging Face data set that ``save_to_disk`` wrote: where the bytes of each image lie within its Arrow files.
 
-Arrow keeps them as they came, one image after another, so that they are read as an image of a tar file is: by place, without `datasets`.
+Arrow keeps them as they came, one image after another, so they are read by byte range, as an image of a tar file is, without `datasets`.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.data.paths import folder
+from kdlib.data.paths import check_folder
 from kdlib.decoding.shards import Member
 from kdlib.errors import Refused, refuse
 
@@ -19,14 +19,14 @@ SAVED = 'a folder that `datasets` saved, with train and validation: load_dataset
 Stored = list[tuple[str, Member]]  # each image of a part: its file, and where it lies there
 
 
-def index(key: str, root: Path) -> tuple[list[str], dict[str, Stored]]:
-    """The names of the classes, by number, and the images of train and val. No image is read, and nothing is downloaded.
+def index_arrow(key: str, root: Path) -> tuple[list[str], dict[str, Stored]]:
+    """List the names of the classes, by number, and the images of train and val. No image is read, and nothing is downloaded.
 
     Raises ``Refused`` about ``key`` for a folder without such a data set, without one column of images and one of classes, or with a row
     that has no class. An image of no bytes is one that cannot be read.
     """
     datasets = _package()
-    folder(key, root, SAVED)
+    check_folder(key, root, SAVED)
     try:
         saved = datasets.load_from_disk(str(root))
         splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {}
@@ -35,7 +35,7 @@ def index(key: str, root: Path) -> tuple[list[str], dict[str, Stored]]:
         raise refuse(key, f"{root} with {', '.join(splits) or 'no splits'}", SAVED, "give it both splits") from None
     except (OSError, ValueError, KeyError) as error:
         raise refuse(key, f"{root}: {' '.join(str(error).split())}", SAVED, "correct the path, or save it so once") from error
-    columns = [_only(key, parts["train"].features, kind) for kind in (datasets.Image, datasets.ClassLabel)]
+    columns = [_column(key, parts["train"].features, kind) for kind in (datasets.Image, datasets.ClassLabel)]
     names = parts["train"].features[columns[1]].names
     for part in parts.values():
         if part.features != parts["train"].features:
@@ -52,17 +52,17 @@ def _package() -> Any:
     return datasets
 
 
-def _only(key: str, features: dict[str, Any], kind: type) -> str:
-    """The name of the one column of a kind."""
+def _column(key: str, features: dict[str, Any], kind: type) -> str:
+    """The name of the only column of a kind."""
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(names) != 1:
-        found = f"{len(names)} columns of kind {kind.__name__} among {', '.join(features)}"
-        raise refuse(key, found, "one of Image and one of ClassLabel", "select_columns, then save_to_disk")
+        fault = f"{len(names)} columns of kind {kind.__name__} among {', '.join(features)}"
+        raise refuse(key, fault, "one of Image and one of ClassLabel", "select_columns, then save_to_disk")
     return names[0]
 
 
 def _images(key: str, split: Any, columns: list[str], names: list[str]) -> Iterator[tuple[str, Member]]:
-    for file in (each["filename"] for each in split.cache_files):
+    for file in (arrow["filename"] for arrow in split.cache_files):
         for row, (path, first, length, label) in enumerate(_rows(file, *columns)):
             if label < 0:
                 raise refuse(key, f"{file}: row {row:,} without a class", "a class in every row", "filter it, and save it again")
@@ -70,7 +70,7 @@ def _images(key: str, split: Any, columns: list[str], names: list[str]) -> Itera
 
 
 def _rows(file: str, image: str, label: str) -> Iterator[tuple[str | None, int, int, int]]:
-    """Of each row, in order: what its image was called, first byte in the file, number of bytes, number of its class."""
+    """Yield of each row, in order: its image's name, first byte in the file, number of bytes, and the number of its class."""
     import pyarrow  # noqa: PLC0415 (comes with `datasets`)
 
     with pyarrow.memory_map(file) as opened:

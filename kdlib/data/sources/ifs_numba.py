@@ -17,7 +17,7 @@ BURN_IN = 20  # steps from the origin until a point is on the attractor, to less
 @njit(nogil=True)
 @no_type_check
 def iterate(maps: np.ndarray, chances: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """One image's points, [2, steps - BURN_IN]."""
+    """Iterate one image's system; returns its points, [2, steps - BURN_IN]."""
     points = np.empty((2, len(draws) - BURN_IN))
     x, y = 0.0, 0.0
     for step in range(len(draws)):
@@ -34,7 +34,7 @@ def iterate(maps: np.ndarray, chances: np.ndarray, draws: np.ndarray) -> np.ndar
 
 @njit(nogil=True)
 @no_type_check
-def count(points: np.ndarray, counts: np.ndarray) -> None:
+def count_points(points: np.ndarray, counts: np.ndarray) -> None:
     """Add one to the pixel of every point; their bounding box fills all but a margin of one pixel, each axis by itself."""
     inner = len(counts) - 2
     left, top = points[0].min(), points[1].min()
@@ -50,11 +50,11 @@ def count(points: np.ndarray, counts: np.ndarray) -> None:
 @njit(nogil=True)
 @no_type_check
 def render_all(maps: np.ndarray, chances: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
-    """See ``render``; compiled."""
+    """Render as ``render`` says; compiled."""
     images = np.zeros((len(draws), size, size), np.uint8)
     for image in range(len(draws)):
         counts = np.zeros((size, size), np.int64)
-        count(iterate(maps[image], chances[image], draws[image]), counts)
+        count_points(iterate(maps[image], chances[image], draws[image]), counts)
         full = math.log1p(counts.max())
         for row in range(size):
             for column in range(size):
@@ -69,9 +69,10 @@ def render(
     draws: Float64[np.ndarray, "images steps"],
     size: int,
 ) -> UInt8[np.ndarray, "images size size"]:
-    """From the origin, each draw of [0, 1) applies the first map whose cumulative chance exceeds it; points after ``BURN_IN`` are counted.
+    """Play the chaos game: each draw of [0, 1) applies the first map whose cumulative chance exceeds it, from the origin on.
 
-    A pixel of n points, where the fullest pixel has m, becomes ``floor(255 log(1 + n) / log(1 + m) + 1/2)``; see ``count`` for the frame.
+    A pixel of n points after ``BURN_IN``, where the fullest pixel has m, becomes ``floor(255 log(1 + n) / log(1 + m) + 1/2)``; see
+    ``count_points`` for the frame.
     """
     image: np.ndarray = render_all(maps, chances, draws, size)
     return image

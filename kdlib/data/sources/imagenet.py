@@ -7,20 +7,20 @@ from collections.abc import Iterator
 
 from kdlib.config.schema import Imagenet
 from kdlib.data.dataset import SPLITS, Content, Images
-from kdlib.data.paths import place
-from kdlib.data.sources.class_folders import decode_all, official
+from kdlib.data.paths import resolve_path
+from kdlib.data.sources.folder import decode_squares, list_train_val
 from kdlib.data.splits import stratified_split
 
 
 def contents(name: str, params: Imagenet) -> Content:
-    """Train and val are a stratified split of train/ by ``params.seed``; test is the official validation split, val/."""
+    """Split train/ stratified by ``params.seed``; test is the official validation split, val/."""
     key = f"data.{name}.path"
-    names, found = official(key, place(key, params.path))
-    (files, labels), (test_files, test_labels) = found["train"], found["val"]
+    names, listed = list_train_val(key, resolve_path(key, params.path))
+    (files, labels), (test_files, test_labels) = listed["train"], listed["val"]
     train, val = stratified_split(labels, (params.val_fraction,), params.seed, f"data.{name}.val_fraction", names)
     chosen = dict(zip(SPLITS, ([files[i] for i in train], [files[i] for i in val], test_files), strict=True))
 
     def blocks(split: str) -> Iterator[Images]:
-        return decode_all(key, chosen[split], params.size)
+        return decode_squares(key, chosen[split], params.size)
 
     return Content(names, params.size, 3, dict(zip(SPLITS, (labels[train], labels[val], test_labels), strict=True)), blocks)

@@ -16,7 +16,7 @@ from typing import Any
 
 from timm.data.imagenet_info import ImageNetInfo
 
-from kdlib.data.sources.class_folders import find
+from kdlib.data.sources.folder import list_images
 from kdlib.errors import known, refuse, some
 
 Answers = tuple[int, ...]  # classes that are right for one image
@@ -58,7 +58,7 @@ def by_folder(name: str, folder: Path, number: Mapping[str, int]) -> EvaluationS
     Raises ``Refused`` where folders are missing, unexpected or without images.
     """
     key = f"--data {name}"
-    found, files, labels = find(key, folder)
+    found, files, labels = list_images(key, folder)
     missing, odd = (sorted(names) for names in (number.keys() - set(found), set(found) - number.keys()))
     if missing or odd:
         parts = [f"{len(names)} {word} ({some(names)})" for word, names in (("missing", missing), ("unexpected", odd)) if names]

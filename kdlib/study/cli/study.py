@@ -105,10 +105,10 @@ def _stages(root: Path) -> list[list[str]]:
 
 
 def _is_set(path: str) -> bool:
-    from kdlib.data.paths import place  # noqa: PLC0415 (see ``check``)
+    from kdlib.data.paths import resolve_path  # noqa: PLC0415 (see ``check``)
 
     try:
-        place("", path)
+        resolve_path("", path)
     except Refused:
         return False
     return True

@@ -157,9 +157,9 @@ def decoding(stream: ViewStream, processes: int, nodes: int) -> float:
     """
     together = processes * nodes
     groups = range(stream.recipe.groups // together)
-    stream.reading.ask(1, groups[:1])()  # starts them
+    stream.prefetch.ask(1, groups[:1])()  # starts them
     started = time.perf_counter()
-    stream.reading.ask(0, groups)()
+    stream.prefetch.ask(0, groups)()
     of_one = (time.perf_counter() - started) * max(1, len(pool())) / (stream.recipe.batch_size // together)
     return of_one / max(1, spare(processes))
 

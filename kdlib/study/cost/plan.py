@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from kdlib.config.schema import Comparison, Params
-from kdlib.data.dataset import load
+from kdlib.data.dataset import load_dataset
 from kdlib.data.sources import Shape
 from kdlib.engine.backend import threads
 from kdlib.engine.setting import Setting, total_steps
@@ -122,7 +122,7 @@ class Outlook:
         found = {name: facts(name, params, experiment.root / DATA / name) for name, params in self.study.data.items()}
         self.facts = {name: one for name, one in found.items() if one}
         listed = [name for name, one in self.facts.items() if self.study.data[name].source == "originals" and not one.assumed]
-        self.listed = {name: load(experiment.root / DATA / name) for name in listed}
+        self.listed = {name: load_dataset(experiment.root / DATA / name) for name in listed}
         for one in self.facts.values():
             check_against_data(self.study, imagined(one))
         self.work = {f"teachers.{name}": teaching(experiment, name) for name, item in self.study.teachers.items() if not item.checkpoint}

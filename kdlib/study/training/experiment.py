@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from kdlib import config
 from kdlib.config.schema import Comparison, Params
-from kdlib.data.dataset import DataSet, load
+from kdlib.data.dataset import DataSet, load_dataset
 from kdlib.data.sources import prepare
 from kdlib.data.splits import Index, subset
 from kdlib.engine.backend import threads
@@ -78,7 +78,7 @@ class Experiment:
 
     def data(self, name: str) -> DataSet:
         """Open the folder of a data set that the data stage has written."""
-        return load(self.root / DATA / name)
+        return load_dataset(self.root / DATA / name)
 
     # -- teacher --------------------------------------------------------------------------------------------------------------
 
