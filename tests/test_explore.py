@@ -33,7 +33,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     made = Experiment(root)
     made.prepare_data("fractals")
     made.make_teacher("small")
-    for name in made.study.comparisons:
+    for name in made.params.comparisons:
         made.distill(name)
     return made
 
@@ -120,7 +120,7 @@ def test_finished_has_every_run_with_all_columns(experiment: Experiment) -> None
     runs = explore.finished(experiment)
     assert runs.index.names == ["comparison", "variant", "seed"]
     assert list(runs.reset_index()[collect.COLUMNS]) == collect.COLUMNS
-    assert list(runs.index.unique("comparison")) == list(experiment.study.comparisons)
+    assert list(runs.index.unique("comparison")) == list(experiment.params.comparisons)
     assert runs["trial"].sum() == 4
     assert set(runs["status"]) == {"finished"}
 

@@ -374,7 +374,7 @@ def plans(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str, i
         found.update({(comparison, plan.variant.name, plan.seed): plan.fingerprint for plan in planned})
 
     monkeypatch.setattr(study, "_complete", note)
-    for name, comparison in study.study.comparisons.items():
+    for name, comparison in study.params.comparisons.items():
         if comparison.sweep is None:
             monkeypatch.setattr(study, "_export", lambda *_: root)
             study.distill(name)

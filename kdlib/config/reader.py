@@ -68,10 +68,10 @@ def load(root: Path) -> Params:
 
 def parse(content: Mapping[Any, Any]) -> Params:
     """Check types, ranges, names and references. Raises ``Refused``."""
-    study = check(Params, content, SECTIONS)
-    check_names(study)
-    check_references(study)
-    return study
+    params = check(Params, content, SECTIONS)
+    check_names(params)
+    check_references(params)
+    return params
 
 
 def check(form: type[Form], content: Mapping[Any, Any], parts: Mapping[str, type[Section]]) -> Form:

@@ -69,7 +69,7 @@ def to_onnx(experiment: Experiment, run: tuple[str, str, int], path: Path) -> fl
 
     found, _ = _finished(experiment, run)
     student = experiment.student(run[0], found)
-    model, data = Normalising(student).cpu().eval(), experiment.data(experiment.study.comparisons[run[0]].data)
+    model, data = Normalising(student).cpu().eval(), experiment.data(experiment.params.comparisons[run[0]].data)
     images = torch.rand(4, data.channels, data.size, data.size)
     path.parent.mkdir(parents=True, exist_ok=True)
     shapes = {"images": {0: torch.export.Dim("batch")}}
@@ -92,11 +92,11 @@ def to_onnx(experiment: Experiment, run: tuple[str, str, int], path: Path) -> fl
 def card(experiment: Experiment, run: tuple[str, str, int], about: dict[str, Any], metrics: dict[str, Any], where: dict[str, Any]) -> str:
     """The model card: what it learned from whom, how good it is with n, where it was trained, how to load it."""
     comparison, variant, seed = run
-    study = experiment.study
-    params, confidence = study.comparisons[comparison], study.study.confidence
-    teacher = study.teachers[params.teacher]
+    params = experiment.params
+    item, confidence = params.comparisons[comparison], params.study.confidence
+    teacher = params.teachers[item.teacher]
     lines = ["---", "library_name: timm", "tags: [image-classification, timm, knowledge-distillation]", "---", ""]
-    lines += [f"# {params.student}, taught by {teacher.model} ({variant})", ""]
+    lines += [f"# {item.student}, taught by {teacher.model} ({variant})", ""]
     lines += ["| measure | this run | all seeds |", "|---|---|---|"]
     for name, words in MEASURES.items():
         values = _by_seed(experiment, comparison, variant, name)
@@ -105,16 +105,16 @@ def card(experiment: Experiment, run: tuple[str, str, int], about: dict[str, Any
         lines.append(f"| {words} | {100 * metrics[name]:.1f} % | {100 * mean.mean:.1f}{interval} % (n={mean.n}) |")
     lines += ["", f"± is half the width of a {100 * confidence:g} % Student t interval over the seeds.", ""]
     facts = {
-        "data": f"{params.data}, {about['train_images']} training images ({100 * params.fraction:g} %), {about['classes']} classes",
+        "data": f"{item.data}, {about['train_images']} training images ({100 * item.fraction:g} %), {about['classes']} classes",
         "teacher": f"{teacher.model}, trained on {teacher.data}",
         "method": f"{about['method']} with {about['parameters']}",
-        "recipe": ", ".join(f"{name} {value}" for name, value in study.recipes[params.recipe].model_dump().items()),
+        "recipe": ", ".join(f"{name} {value}" for name, value in params.recipes[item.recipe].model_dump().items()),
         "seed": seed,
         "trained on": f"{where['device']}, {where['machine']}, torch {where['torch']}, timm {where['timm']}",
         "run": about["fingerprint"],
     }
     lines += ["| about | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
-    first = ["import kdlib.models  # registers this small net with timm"] if params.student in resnet_small.NAMES else []
+    first = ["import kdlib.models  # registers this small net with timm"] if item.student in resnet_small.NAMES else []
     lines += ["```python", "import timm", *first, 'model = timm.create_model("local-dir:.", pretrained=True).eval()', "```", ""]
     lines += ["Images: un-normalised values in [0, 1], then mean and std of config.json.", ""]
     return "\n".join(lines)
@@ -122,15 +122,15 @@ def card(experiment: Experiment, run: tuple[str, str, int], about: dict[str, Any
 
 def _by_seed(experiment: Experiment, comparison: str, variant: str, measure: str) -> dict[int, float]:
     """Of every seed whose run is there and finished."""
-    folders = {seed: run_folder(experiment.root, (comparison, variant, seed)) / "metrics.json" for seed in experiment.study.study.seeds}
+    folders = {seed: run_folder(experiment.root, (comparison, variant, seed)) / "metrics.json" for seed in experiment.params.study.seeds}
     found = {seed: read_json(path) for seed, path in folders.items() if path.is_file()}
     return {seed: metrics[measure] for seed, metrics in found.items() if measure in metrics}
 
 
 def _finished(experiment: Experiment, run: tuple[str, str, int]) -> tuple[Path, dict[str, Any]]:
     comparison, variant, _ = run
-    known("comparison", comparison, experiment.study.comparisons)
-    names = sorted({name for _, name, _ in expected_runs(experiment.study, comparison)})
+    known("comparison", comparison, experiment.params.comparisons)
+    names = sorted({name for _, name, _ in expected_runs(experiment.params, comparison)})
     known("variant", variant, names)
     folder = run_folder(experiment.root, run)
     if not (folder / "metrics.json").is_file():

@@ -90,16 +90,16 @@ def _stages(root: Path) -> list[list[str]]:
     Where study.missing is blank, data sets whose path is an environment variable that is not set are left out, with what needs them; if
     that is all of them, none is, and the first is refused.
     """
-    study = config.load(root)
-    unset = {name for name, item in study.data.items() if hasattr(item, "path") and not _is_set(item.path)}
-    kept = [name for name in study.data if name not in unset]
-    if not unset or not kept or study.study.missing != "blank":
+    params = config.load(root)
+    unset = {name for name, item in params.data.items() if hasattr(item, "path") and not _is_set(item.path)}
+    kept = [name for name in params.data if name not in unset]
+    if not unset or not kept or params.study.missing != "blank":
         return [["data"], []]
     print(
         f"leaves out {', '.join(sorted(unset))}, with what needs it: the path is an environment variable that is not set", file=sys.stderr
     )
-    teachers = [f"teacher@{name}" for name, item in study.teachers.items() if item.data in kept]
-    comparisons = [f"distill@{name}" for name, item in study.comparisons.items() if item.data in kept]
+    teachers = [f"teacher@{name}" for name, item in params.teachers.items() if item.data in kept]
+    comparisons = [f"distill@{name}" for name, item in params.comparisons.items() if item.data in kept]
     tables_alone = ["--single-item", "notebook@4_tables", "tables", "readme"]
     return [[f"data@{name}" for name in kept], teachers + comparisons, tables_alone]
 
@@ -119,7 +119,7 @@ def join(root: Path) -> None:
     from kdlib.parallel import launch  # noqa: PLC0415
     from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (see ``check``)
 
-    launch.join(Experiment(root).study.study.launch)
+    launch.join(Experiment(root).params.study.launch)
 
 
 def submit(root: Path, given: argparse.Namespace) -> None:
@@ -130,9 +130,9 @@ def submit(root: Path, given: argparse.Namespace) -> None:
         from kdlib.study.cli import slurm  # noqa: PLC0415 (optional)
     except ModuleNotFoundError as error:
         raise Refused(f'{error.name}: found no such package; allowed: submitit and what it needs; `pip install -e ".[slurm]"`') from error
-    study = config.load(root)
-    check_shares(study)
-    check_names(study)
+    params = config.load(root)
+    check_shares(params)
+    check_names(params)
     print(slurm.submit(root, slurm.Asked(given.hours, given.partition, given.gpus, given.cores, given.sbatch)))
 
 
@@ -236,7 +236,7 @@ def _studies(root: Path) -> list[Path]:
 
 def _used(root: Path) -> set[str]:
     """Fingerprints of the runs that the runs/ of the project's studies were filled from."""
-    places = [study / place for study in _studies(root) for place in (DISTILL, TEACHERS)]
+    places = [folder / place for folder in _studies(root) for place in (DISTILL, TEACHERS)]
     return {read_json(path)["fingerprint"] for place in places for path in place.rglob("run.json")}
 
 

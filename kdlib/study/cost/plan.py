@@ -68,22 +68,22 @@ def distilling(experiment: Experiment, name: str, planned: Runs) -> Work:
 
     Those of a sweep are not compared: which parameters it will choose is not known.
     """
-    study, comparison = experiment.study, experiment.study.comparisons[name]
+    params, comparison = experiment.params, experiment.params.comparisons[name]
     sweep = comparison.sweep
-    asked = [([variant.method for variant in trials_of(comparison, study)], [sweep.seed])] if sweep else []
-    asked.append(([*comparison.methods, *(sweep.grids if sweep else ())], study.study.seeds))
+    asked = [([variant.method for variant in trials_of(comparison, params)], [sweep.seed])] if sweep else []
+    asked.append(([*comparison.methods, *(sweep.grids if sweep else ())], params.study.seeds))
     kind = Kind(comparison.data, comparison.teacher, comparison.student, None, comparison.recipe, (), 1)
     made = Work(kind, [_stage(experiment.schedule, kind, methods, seeds) for methods, seeds in asked if methods])
     if sweep:
         return made
-    left = Work(kind, [_unplanned(study, comparison, stage, planned) for stage in made.stages])
+    left = Work(kind, [_unplanned(params, comparison, stage, planned) for stage in made.stages])
     return replace(left, shared=made.runs - left.runs)
 
 
-def _unplanned(study: Params, comparison: Comparison, stage: list[Group], planned: Runs) -> list[Group]:
+def _unplanned(params: Params, comparison: Comparison, stage: list[Group], planned: Runs) -> list[Group]:
     """One comparison's run may be another's too, which then takes it from the store."""
     left = []
-    recipe, fixed = study.recipes[comparison.recipe].model_dump_json(), comparison.subset_seed
+    recipe, fixed = params.recipes[comparison.recipe].model_dump_json(), comparison.subset_seed
     for kind, seed in stage:
         drawn = None if comparison.fraction == 1 else (comparison.fraction, seed if fixed is None else fixed)
         keys = {method: (kind.data, drawn, kind.teacher, kind.student, recipe, method, seed) for method in kind.methods}
@@ -101,9 +101,9 @@ def _stage(schedule: Placement, kind: Kind, methods: list[str], seeds: list[int]
 
 def teaching(experiment: Experiment, name: str) -> Work:
     """What ``Experiment.make_teacher`` trains."""
-    params = experiment.study.teachers[name]
-    kind = Kind(params.data, None, params.model, params.size, params.recipe, (), _threads(experiment.schedule, 1))
-    return Work(kind, [[(replace(kind, methods=(PLAIN,)), params.seed)]])
+    teacher = experiment.params.teachers[name]
+    kind = Kind(teacher.data, None, teacher.model, teacher.size, teacher.recipe, (), _threads(experiment.schedule, 1))
+    return Work(kind, [[(replace(kind, methods=(PLAIN,)), teacher.seed)]])
 
 
 def _threads(schedule: Placement, groups: int) -> int:
@@ -117,18 +117,18 @@ class Outlook:
     """Of an experiment's study. ``steps``: that each kind of group is tried for; with 0 nothing is timed, and memory stays unknown."""
 
     def __init__(self, experiment: Experiment, steps: int) -> None:
-        self.study, self.steps, self.device, self.cores = experiment.study, steps, experiment.device, experiment.schedule.cores
-        launch = self.study.study.launch
+        self.params, self.steps, self.device, self.cores = experiment.params, steps, experiment.device, experiment.schedule.cores
+        launch = self.params.study.launch
         self.machine = Machine(self.cores, launch.processes * launch.nodes)
-        found = {name: facts(name, params, experiment.root / DATA / name) for name, params in self.study.data.items()}
+        found = {name: facts(name, source, experiment.root / DATA / name) for name, source in self.params.data.items()}
         self.facts = {name: one for name, one in found.items() if one}
-        listed = [name for name, one in self.facts.items() if self.study.data[name].source == "originals" and not one.assumed]
+        listed = [name for name, one in self.facts.items() if self.params.data[name].source == "originals" and not one.assumed]
         self.listed = {name: load(experiment.root / DATA / name) for name in listed}
         for one in self.facts.values():
-            check_against_data(self.study, imagined(one))
-        self.work = {f"teachers.{name}": teaching(experiment, name) for name, item in self.study.teachers.items() if not item.checkpoint}
+            check_against_data(self.params, imagined(one))
+        self.work = {f"teachers.{name}": teaching(experiment, name) for name, item in self.params.teachers.items() if not item.checkpoint}
         planned: Runs = set()
-        self.work |= {f"comparisons.{name}": distilling(experiment, name, planned) for name in self.study.comparisons}
+        self.work |= {f"comparisons.{name}": distilling(experiment, name, planned) for name in self.params.comparisons}
 
     @property
     def assumed(self) -> list[str]:
@@ -157,7 +157,7 @@ class Outlook:
 
     def _costs(self, kinds: list[Kind]) -> dict[Kind, Cost]:
         """Tried side by side, as they will be trained."""
-        of = functools.partial(_cost, self.study, self.facts, self.device, (self.steps, self.machine.together))
+        of = functools.partial(_cost, self.params, self.facts, self.device, (self.steps, self.machine.together))
         costs: dict[Kind, Cost] = {}
         print(f"tries {len(kinds)} groups of runs, of the largest nets some seconds each", file=sys.stderr, flush=True)
         for count in sorted({kind.threads for kind in kinds}):
@@ -176,21 +176,21 @@ class Outlook:
 
     @functools.cache  # noqa: B019 (as long as the command)
     def _decoding(self, data: str, recipe: str) -> float:
-        found, its = self.listed[data], self.study.recipes[recipe]
+        found, its = self.listed[data], self.params.recipes[recipe]
         every = np.arange(len(found.train.labels))
         images, labels = found.train.images, found.train.labels
         stream = ViewStream(images, labels, every, classes=found.classes, recipe=its, hflip=found.hflip, seed=0)
-        return probe.decoding(stream, self.study.study.launch.processes, self.study.study.launch.nodes)
+        return probe.decoding(stream, self.params.study.launch.processes, self.params.study.launch.nodes)
 
     def _beside(self, count: int) -> int:
         """Processes of so many threads that train at once."""
         return max(1, self.cores // count)
 
     def _check_memory(self, kind: Kind, cost: Cost, user: str) -> None:
-        recipe, room = self.study.recipes[kind.recipe], probe.room(self.device) // self._beside(kind.threads)
+        recipe, room = self.params.recipes[kind.recipe], probe.room(self.device) // self._beside(kind.threads)
         if cost.peak_bytes is not None and cost.peak_bytes <= room:
             return
-        setting, methods = _setting(self.study, self.facts[kind.data], self.device, kind)
+        setting, methods = _setting(self.params, self.facts[kind.data], self.device, kind)
 
         def peak(size: int) -> int | None:
             smaller = replace(setting, recipe=recipe.model_copy(update={"group_size": size}))
@@ -204,7 +204,7 @@ class Outlook:
         about = section.removesuffix("s"), name, its.of.data, its.of.student, its.of.teacher, its.of.recipe
         if its.of.data not in self.facts:
             return Row(*about, Forecast(its.runs), shared=its.shared)
-        recipe = self.study.recipes[its.of.recipe]
+        recipe = self.params.recipes[its.of.recipe]
         steps = total_steps(recipe, self.facts[its.of.data].train_images)
         answers, live = self._answers(name, costs, steps, kept) if its.of.teacher else (0, 0)
         found = [[costs[kind] for kind, _ in stage] for stage in its.stages]
@@ -213,8 +213,8 @@ class Outlook:
     def _answers(self, name: str, costs: Mapping[Kind, Cost], steps: int, kept: dict[object, int]) -> tuple[int, int]:
         """Bytes of teachers' answers that a comparison adds to those that are kept, of the same views once; and of those to one seed's
         views where they are too many."""
-        comparison, most = self.study.comparisons[name], round(1e9 * self.study.study.answers_gb)
-        views = json.dumps(self.study.recipes[comparison.recipe].views(), sort_keys=True)
+        comparison, most = self.params.comparisons[name], round(1e9 * self.params.study.answers_gb)
+        views = json.dumps(self.params.recipes[comparison.recipe].views(), sort_keys=True)
         added = live = 0
         for kind, seed in (group for stage in self.work[f"comparisons.{name}"].stages for group in stage):
             size, to = steps * costs[kind].answers_bytes, (comparison.data, comparison.fraction, comparison.teacher, views, seed)
@@ -251,10 +251,10 @@ def check_disk(of: Forecast, free: int) -> None:
     raise refuse("study.seeds", found, allowed, "name fewer of them, or fewer methods in comparisons, or free some")
 
 
-def _cost(study: Params, known: Mapping[str, Facts], device: torch.device, of: tuple[int, int], kind: Kind) -> Cost:
+def _cost(params: Params, known: Mapping[str, Facts], device: torch.device, of: tuple[int, int], kind: Kind) -> Cost:
     """From (steps, processes). Keeps from the log what the engine says, which is not about a real training."""
     with threads(kind.threads), redirect_stdout(io.StringIO()):
-        return probe.cost(*_setting(study, known[kind.data], device, kind), *of)
+        return probe.cost(*_setting(params, known[kind.data], device, kind), *of)
 
 
 def _told(of: Callable[[Kind], Cost], item: tuple[str, Kind]) -> Cost:
@@ -270,13 +270,13 @@ def _untrained(model: str, shape: Shape, device: torch.device) -> Teacher:
     return Teacher(build(model, *shape).to(device))
 
 
-def _setting(study: Params, of: Facts, device: torch.device, kind: Kind) -> tuple[Setting, probe.Methods]:
+def _setting(params: Params, of: Facts, device: torch.device, kind: Kind) -> tuple[Setting, probe.Methods]:
     data, teacher = imagined(of), None
     if kind.teacher:
-        taught = study.teachers[kind.teacher]
+        taught = params.teachers[kind.teacher]
         teacher = _untrained(taught.model, (data.classes, data.channels, taught.size or data.size), device)
-    parameters = study.methods if kind.teacher else {PLAIN: {"hard_weight": 1.0}}
+    parameters = params.methods if kind.teacher else {PLAIN: {"hard_weight": 1.0}}
     # all training images, whatever the fraction: a method that keeps something of each takes the most
-    index, recipe = np.arange(of.train_images), study.recipes[kind.recipe]
-    setting = Setting(data, index, kind.student, kind.size or data.size, teacher, recipe, 0, device, "trial", study.study.compute)
+    index, recipe = np.arange(of.train_images), params.recipes[kind.recipe]
+    setting = Setting(data, index, kind.student, kind.size or data.size, teacher, recipe, 0, device, "trial", params.study.compute)
     return setting, {f"{name} {i}": functools.partial(METHODS[name], **parameters[name]) for i, name in enumerate(kind.methods)}

@@ -27,21 +27,21 @@ class Facts:
     assumed: bool = False  # nobody has counted: as many as ImageNet's
 
 
-def _digits(params: Digits) -> int:
-    return len(digits.contents("digits", params).labels["train"])
+def _digits(source: Digits) -> int:
+    return len(digits.contents("digits", source).labels["train"])
 
 
-def _fractals(params: Fractals) -> int:
-    return params.classes * params.train_per_class
+def _fractals(source: Fractals) -> int:
+    return source.classes * source.train_per_class
 
 
-def _cifar100(params: Cifar100) -> int:
-    return 100 * (500 - max(1, round(params.val_fraction * 500)))
+def _cifar100(source: Cifar100) -> int:
+    return 100 * (500 - max(1, round(source.val_fraction * 500)))
 
 
-def _imagenet(params: Imagenet | Originals) -> int:
+def _imagenet(source: Imagenet | Originals) -> int:
     """Wrong by up to half an image of each class, since the validation images are drawn class by class."""
-    return IMAGENET - round(params.val_fraction * IMAGENET)
+    return IMAGENET - round(source.val_fraction * IMAGENET)
 
 
 # Training images, for the sources of which params.yaml tells them.
@@ -54,17 +54,17 @@ KNOWN: dict[str, Callable[[Any], int]] = {
 }
 
 
-def facts(name: str, params: DataSource, folder: Path) -> Facts | None:
+def facts(name: str, source: DataSource, folder: Path) -> Facts | None:
     """As the data stage has found them, if ``folder`` holds a data set of this source and size; else as params.yaml tells; else None."""
     path = folder / "data.json"
     if path.is_file():
         found = json.loads(path.read_text("utf-8"))
-        if found["source"] == params.source and found["size"] == declared_shape(params)[2]:
+        if found["source"] == source.source and found["size"] == declared_shape(source)[2]:
             shape = found["classes"], found["channels"], found["size"]
-            return Facts(name, shape, params.hflip, found["counts"]["train"])
-    if params.source not in KNOWN:
+            return Facts(name, shape, source.hflip, found["counts"]["train"])
+    if source.source not in KNOWN:
         return None
-    return Facts(name, declared_shape(params), params.hflip, KNOWN[params.source](params), params.source == "originals")
+    return Facts(name, declared_shape(source), source.hflip, KNOWN[source.source](source), source.source == "originals")
 
 
 def imagined(of: Facts) -> DataSet:

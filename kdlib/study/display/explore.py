@@ -20,7 +20,7 @@ def finished(experiment: Experiment) -> pd.DataFrame:
 
     Raises ``Refused`` when there is none.
     """
-    expected = planned.expected(experiment.study)
+    expected = planned.expected(experiment.params)
     there = [run for run in expected if (planned.run_folder(experiment.root, run) / "metrics.json").is_file()]
     if not there:
         raise Refused(f"runs: found none of the {len(expected)} that params.yaml asks for in {experiment.root}; run `make study` first")
@@ -38,10 +38,10 @@ def answers(experiment: Experiment, comparison: str, folder: Path, split: str = 
     ``label`` is the true class, ``teacher`` and ``student`` are the classes they choose, ``teacher_p`` and ``student_p`` the
     probabilities in [0, 1] that they give their choice. Raises ``Refused`` for a student that diverged.
     """
-    params = experiment.study.comparisons[known("comparisons", comparison, experiment.study.comparisons)]
-    images = getattr(experiment.data(params.data), split)
+    item = experiment.params.comparisons[known("comparisons", comparison, experiment.params.comparisons)]
+    images = getattr(experiment.data(item.data), split)
     frame = pd.DataFrame({"label": images.labels})
-    models = {"teacher": experiment.teacher(params.teacher)[0], "student": experiment.student(comparison, folder)}
+    models = {"teacher": experiment.teacher(item.teacher)[0], "student": experiment.student(comparison, folder)}
     for name, model in models.items():
         logits = predict(model, images.images, EVALUATION_BATCH, experiment.device)
         if not logits.isfinite().all():

@@ -39,18 +39,18 @@ class Entry:
     """A name that study.tables may hold: its tables, and what they say in a sentence each."""
 
     tables: Callable[[Params, Numbers], list[Table]]  # none for a study that has nothing of the kind
-    sentences: Callable[[Params, pd.DataFrame], list[str]] = lambda study, runs: []  # noqa: ARG005
+    sentences: Callable[[Params, pd.DataFrame], list[str]] = lambda params, runs: []  # noqa: ARG005
 
 
 TABLES: dict[str, Entry] = {
     "published": Entry(lambda _, of: [reproduction(of.planned, of.runs, of.teachers, of.published)]),
-    "data_scale": Entry(lambda study, of: [data_scale(study, of.runs, of.published)], changes),
-    "recipes": Entry(lambda study, of: [recipes(study, of.runs, of.published, of.teachers)]),
-    "tuning": Entry(lambda study, of: [tuning(study, of.runs), *grids(study, of.runs)] if sweeps(study) else [], tuned),
-    "methods": Entry(lambda study, of: methods(study, of.runs, of.timing, of.published, of.teachers), ranked),
-    "losses": Entry(lambda study, of: losses(study, of.runs), labelled),
-    "cost": Entry(lambda study, of: [cost(study, of.runs)]),
-    "measures": Entry(lambda study, of: [measures(study, of.runs)]),
+    "data_scale": Entry(lambda params, of: [data_scale(params, of.runs, of.published)], changes),
+    "recipes": Entry(lambda params, of: [recipes(params, of.runs, of.published, of.teachers)]),
+    "tuning": Entry(lambda params, of: [tuning(params, of.runs), *grids(params, of.runs)] if sweeps(params) else [], tuned),
+    "methods": Entry(lambda params, of: methods(params, of.runs, of.timing, of.published, of.teachers), ranked),
+    "losses": Entry(lambda params, of: losses(params, of.runs), labelled),
+    "cost": Entry(lambda params, of: [cost(params, of.runs)]),
+    "measures": Entry(lambda params, of: [measures(params, of.runs)]),
 }
 
 
@@ -68,37 +68,37 @@ def made(root: Path, planned: Params) -> Params:
     return planned.model_copy(update={"teachers": teachers, "comparisons": comparisons})
 
 
-def read(root: Path, study: Params, planned: Params) -> Numbers:
-    """The numbers of exactly the runs that ``study``, what of ``planned`` was made, asks for. Raises ``Refused`` when one is missing."""
-    runs = expected(study)
+def read(root: Path, params: Params, planned: Params) -> Numbers:
+    """The numbers of exactly the runs that ``params``, what of ``planned`` was made, asks for. Raises ``Refused`` when one is missing."""
+    runs = expected(params)
     return Numbers(
         planned,
         collect.collect(root, runs),
         collect.curves(root, runs),
         collect.timing(root, runs),
-        collect.teachers(root, study.teachers),
-        collect.teacher_curves(root, study.teachers),
+        collect.teachers(root, params.teachers),
+        collect.teacher_curves(root, params.teachers),
         published.read(root),
     )
 
 
-def build(study: Params, numbers: Numbers) -> list[Table]:
+def build(params: Params, numbers: Numbers) -> list[Table]:
     """Every table that study.tables names, in its order."""
-    return [table for name in study.study.tables for table in TABLES[name].tables(study, numbers)]
+    return [table for name in params.study.tables for table in TABLES[name].tables(params, numbers)]
 
 
-def headline(study: Params, numbers: Numbers, figures: Collection[str]) -> str:
+def headline(params: Params, numbers: Numbers, figures: Collection[str]) -> str:
     """results/headline.md: what every table says on the headline's data set, then the first table, below its figure if it has one.
 
     ``figures``: what lies in results/figures. Raises ``Refused`` when the study has nothing for its first table.
     """
-    first = study.study.tables[0]
-    found = TABLES[first].tables(study, numbers)
+    first = params.study.tables[0]
+    found = TABLES[first].tables(params, numbers)
     if not found:
         raise refuse("study.tables", first, "first a table that the comparisons have something for", "put another one first")
-    sentences = [sentence for name in study.study.tables for sentence in TABLES[name].sentences(study, numbers.runs)]
+    sentences = [sentence for name in params.study.tables for sentence in TABLES[name].sentences(params, numbers.runs)]
     figure = f"results/figures/{found[0].name}.png" if found[0].name in figures else None
-    return readme_block(study, sentences, found[0], figure)
+    return readme_block(params, sentences, found[0], figure)
 
 
 def metrics_summary(runs: pd.DataFrame) -> dict[str, dict[str, float]]:

@@ -14,58 +14,58 @@ from kdlib.study.report.tables.by_method import by_scale, ends
 _SUBJECT = {"scale": "with more data", "recipe": "under the stronger recipe"}
 
 
-def readme_block(study: Params, sentences: list[str], table: Table, figure: str | None) -> str:
+def readme_block(params: Params, sentences: list[str], table: Table, figure: str | None) -> str:
     """What was found on the headline's data set, figure (a path as README links it) and table, as Markdown."""
-    seeds = ", ".join(map(str, study.study.seeds))
-    how = f"seeds {seeds}; points of test top-1 with {100 * study.study.confidence:g} % t intervals paired by seed"
-    lines = [f"On {study.study.headline.data} ({how}):", "", *sentences]
+    seeds = ", ".join(map(str, params.study.seeds))
+    how = f"seeds {seeds}; points of test top-1 with {100 * params.study.confidence:g} % t intervals paired by seed"
+    lines = [f"On {params.study.headline.data} ({how}):", "", *sentences]
     return "\n\n".join(["\n".join(lines), *([f"![{table.title}]({figure})"] if figure else []), pipe(table.shown), table.caption])
 
 
-def changes(study: Params, runs: pd.DataFrame) -> list[str]:
+def changes(params: Params, runs: pd.DataFrame) -> list[str]:
     """A sentence for each challenger: how its lead changes with the scale and with the recipe."""
-    rows = _on_headline(study, runs)
+    rows = _on_headline(params, runs)
     leading = {(row["comparison"], row["method"]): row for row in rows if row["question"] == "lead"}
     return [_change(row, leading) for row in rows if row["question"] in _SUBJECT]
 
 
-def tuned(study: Params, runs: pd.DataFrame) -> list[str]:
+def tuned(params: Params, runs: pd.DataFrame) -> list[str]:
     """A sentence for each pair that the tuning table is about."""
-    return [_pair(row) for row in _on_headline(study, runs) if row["question"] == "tuning"]
+    return [_pair(row) for row in _on_headline(params, runs) if row["question"] == "tuning"]
 
 
-def ranked(study: Params, runs: pd.DataFrame) -> list[str]:
+def ranked(params: Params, runs: pd.DataFrame) -> list[str]:
     """A sentence for each scale, who is better than the baseline and who is worse; and one for what becomes of the leads."""
-    rows = _on_headline(study, runs)
+    rows = _on_headline(params, runs)
     sentences = []
-    for names in by_scale(study):
-        recipe = study.comparisons[names[0]].recipe
+    for names in by_scale(params):
+        recipe = params.comparisons[names[0]].recipe
         for name in names:
             found = [row for row in rows if row["question"] == "lead" and row["comparison"] == name]
             told = _by_verdict(found, ("better", "worse", "inconclusive"))
-            sentences.append(f"- recipe {recipe}, {found[0]['scale']}, against {study.study.baseline}: {told}.")
+            sentences.append(f"- recipe {recipe}, {found[0]['scale']}, against {params.study.baseline}: {told}.")
         found = [row for row in rows if row["question"] == "scale" and row["comparison"] == f"{names[0]} minus {names[-1]}"]
         if found:
-            where = f"recipe {recipe}, {ends(study, names)}".replace(" minus ", " → ")
+            where = f"recipe {recipe}, {ends(params, names)}".replace(" minus ", " → ")
             told = _by_verdict(found, ("shrinks", "grows", "inconclusive"))
-            sentences.append(f"- {where}, the lead over {study.study.baseline}: {told}.")
+            sentences.append(f"- {where}, the lead over {params.study.baseline}: {told}.")
     return sentences
 
 
-def labelled(study: Params, runs: pd.DataFrame) -> list[str]:
+def labelled(params: Params, runs: pd.DataFrame) -> list[str]:
     """A sentence for each method and each hard label beside the first."""
     sentences = []
-    for row in _on_headline(study, runs):
+    for row in _on_headline(params, runs):
         if row["question"] == "hard label":
-            new, old = (study.recipes[recipe].hard_loss for recipe in row["recipe"].split(" minus "))
+            new, old = (params.recipes[recipe].hard_loss for recipe in row["recipe"].split(" minus "))
             said = f"hard label {new} against {old}: {_last(row, '**' + row['verdict'] + '**')}"
             sentences.append(f"- {row['method']}, {row['scale']}: {said}")
     return sentences
 
 
-def _on_headline(study: Params, runs: pd.DataFrame) -> list[dict[str, Any]]:
-    everyone = leads(study, runs)
-    return records(everyone[everyone["data"] == study.study.headline.data])
+def _on_headline(params: Params, runs: pd.DataFrame) -> list[dict[str, Any]]:
+    everyone = leads(params, runs)
+    return records(everyone[everyone["data"] == params.study.headline.data])
 
 
 def _by_verdict(rows: list[dict[str, Any]], order: tuple[str, ...]) -> str:

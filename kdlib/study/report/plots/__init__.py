@@ -17,28 +17,28 @@ from kdlib.study.report.tables.effort import sweeps
 Figures = dict[str, Figure]
 
 
-def build(study: Params, numbers: Numbers) -> Figures:
+def build(params: Params, numbers: Numbers) -> Figures:
     """By name: the teachers, and what belongs to the tables that study.tables names; a table's own figure has its name."""
     figures = {"teachers": teacher_curve(numbers.teacher_curves, numbers.teachers)}
-    for name in study.study.tables:
+    for name in params.study.tables:
         if name in FIGURES:
-            figures |= FIGURES[name](study, numbers)
+            figures |= FIGURES[name](params, numbers)
     return figures
 
 
-def _recipes(study: Params, numbers: Numbers) -> Figures:
-    data = dict.fromkeys(comparison.data for comparison in study.comparisons.values())
-    figures = {f"accuracy_{name}": scales.accuracy(study, numbers.runs, name) for name in data}
-    return figures | {f"learning_curves_{name}": learning_curves(study, numbers.curves, name) for name in data}
+def _recipes(params: Params, numbers: Numbers) -> Figures:
+    data = dict.fromkeys(comparison.data for comparison in params.comparisons.values())
+    figures = {f"accuracy_{name}": scales.accuracy(params, numbers.runs, name) for name in data}
+    return figures | {f"learning_curves_{name}": learning_curves(params, numbers.curves, name) for name in data}
 
 
-def _methods(study: Params, numbers: Numbers) -> Figures:
-    return by_method.plot_leads(study, numbers.runs, numbers.timing) | by_method.plot_accuracy(study, numbers.runs, numbers.timing)
+def _methods(params: Params, numbers: Numbers) -> Figures:
+    return by_method.plot_leads(params, numbers.runs, numbers.timing) | by_method.plot_accuracy(params, numbers.runs, numbers.timing)
 
 
 FIGURES: dict[str, Callable[[Params, Numbers], Figures]] = {
-    "data_scale": lambda study, of: {"data_scale": data_scale(study, of.runs, of.published)},
+    "data_scale": lambda params, of: {"data_scale": data_scale(params, of.runs, of.published)},
     "recipes": _recipes,
-    "tuning": lambda study, of: {f"grid_{name}": grids(study, of.runs, name) for name in sweeps(study)},
+    "tuning": lambda params, of: {f"grid_{name}": grids(params, of.runs, name) for name in sweeps(params)},
     "methods": _methods,
 }

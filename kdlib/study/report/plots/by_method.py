@@ -20,20 +20,20 @@ from kdlib.study.report.tables.comparisons import accuracies
 _LABEL = 0.047  # height of a method's name, as a share of its panel
 
 
-def plot_leads(study: Params, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
+def plot_leads(params: Params, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
     """ "methods": each challenger's lead at each scale, one panel per scale; a figure for each list of ``by_scale``, as the tables."""
-    return {called("methods", i, names): _leads(study, runs, timing, names) for i, names in enumerate(by_scale(study))}
+    return {called("methods", i, names): _leads(params, runs, timing, names) for i, names in enumerate(by_scale(params))}
 
 
-def plot_accuracy(study: Params, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
+def plot_accuracy(params: Params, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
     """ "methods_cost": each method's test top-1 against its step time, one panel per scale."""
-    return {called("methods_cost", i, names): _accuracy(study, runs, timing, names) for i, names in enumerate(by_scale(study))}
+    return {called("methods_cost", i, names): _accuracy(params, runs, timing, names) for i, names in enumerate(by_scale(params))}
 
 
-def _leads(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
-    ahead = leads(study, runs)
+def _leads(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
+    ahead = leads(params, runs)
     ahead = ahead[(ahead["question"] == "lead") & ahead["comparison"].isin(names)]
-    kinds = costs(study, runs, timing, names[-1])
+    kinds = costs(params, runs, timing, names[-1])
     rows = _rows(kinds[kinds["method"].isin(ahead["method"])])
     figure, axes = panels(1, len(names), (4.6, 1.5 + 0.27 * len(rows)), sharey=True)
     for panel, name in zip(axes[0], names, strict=True):
@@ -43,7 +43,7 @@ def _leads(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[
                 _lead(panel, place, found[method], _looks(kinds)[kind])
         panel.axvline(0, color="0.35", linewidth=1)
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
-        panel.set(xlabel=f"lead over {study.study.baseline} (points of test top-1)", title=_scale(study, runs, name))
+        panel.set(xlabel=f"lead over {params.study.baseline} (points of test top-1)", title=_scale(params, runs, name))
         panel.grid(axis="y", visible=False)
     _same_width(list(axes[0]))
     axes[0, 0].set_yticks(range(len(rows)), [method or kind for kind, method in rows])
@@ -53,8 +53,8 @@ def _leads(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[
     keys = [Line2D([], [], linestyle="", marker="o", color="0.3", markerfacecolor=fill) for fill in ("0.3", "white")]
     figure.legend(keys, ["better or worse", "inconclusive"], loc="outside lower center", ncols=2)
     figure.suptitle(
-        f"Lead over {study.study.baseline}, methods by what they look at:\n"
-        f"mean and {100 * study.study.confidence:g} % paired t interval over seeds, {tell_n(ahead['n'])}"
+        f"Lead over {params.study.baseline}, methods by what they look at:\n"
+        f"mean and {100 * params.study.confidence:g} % paired t interval over seeds, {tell_n(ahead['n'])}"
     )
     return figure
 
@@ -81,9 +81,9 @@ def _lead(panel: Axes, place: int, row: dict[str, Any], look: dict[str, Any]) ->
     panel.errorbar(100 * row["mean"], place, xerr=half, capsize=3, linewidth=1.6, markersize=6, markerfacecolor=fill, **look)
 
 
-def _accuracy(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
-    found = {name: _points(study, runs, timing, name) for name in names}
-    looks = _looks(costs(study, runs, timing, names[-1]))
+def _accuracy(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
+    found = {name: _points(params, runs, timing, name) for name in names}
+    looks = _looks(costs(params, runs, timing, names[-1]))
     figure, axes = panels(1, len(names), (5.4, 5.2))
     for panel, (name, points) in zip(axes[0], found.items(), strict=True):
         for row in records(points):
@@ -94,7 +94,7 @@ def _accuracy(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: li
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{TIMES}"))
         panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.set(xlabel=f"time per step, relative to {study.study.baseline}", title=_scale(study, runs, name))
+        panel.set(xlabel=f"time per step, relative to {params.study.baseline}", title=_scale(params, runs, name))
     _same_width(list(axes[0]))
     for panel, points in zip(axes[0], found.values(), strict=True):
         _label(panel, {row["method"]: (row["time"], row["top1"]) for row in records(points)})
@@ -102,17 +102,17 @@ def _accuracy(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: li
     keys = [Line2D([], [], linestyle="", **look) for look in looks.values()]
     figure.legend(keys, list(looks), loc="outside lower center", ncols=3, title="looks at")
     figure.suptitle(
-        f"Accuracy against cost: mean and {100 * study.study.confidence:g} % t interval over seeds, "
+        f"Accuracy against cost: mean and {100 * params.study.confidence:g} % t interval over seeds, "
         f"{tell_n(pd.concat(list(found.values()))['n'])};\ntime: mean of the ratios paired by seed, on the machine of this study"
         + ("" if all(points["together"].all() for points in found.values()) else " (hollow: not trained in turns)")
     )
     return figure
 
 
-def _points(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, name: str) -> pd.DataFrame:
+def _points(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, name: str) -> pd.DataFrame:
     """method, looks_at, n, and in percent top1 and half an interval's width, against time; of the methods that have all of it."""
-    reached = accuracies(study, runs)
-    both = costs(study, runs, timing, name).merge(reached, on=["comparison", "method"], suffixes=("_time", ""))
+    reached = accuracies(params, runs)
+    both = costs(params, runs, timing, name).merge(reached, on=["comparison", "method"], suffixes=("_time", ""))
     half = 100 * (both["high"] - both["low"]).fillna(0) / 2
     both = both.assign(time=both["mean_time"], top1=100 * both["mean"], half=half)
     return both.dropna(subset=["time", "top1"])
@@ -133,8 +133,8 @@ def _label(panel: Axes, points: dict[str, tuple[float, float]]) -> None:
         )  # fmt: skip
 
 
-def _scale(study: Params, runs: pd.DataFrame, name: str) -> str:
-    item = study.comparisons[name]
+def _scale(params: Params, runs: pd.DataFrame, name: str) -> str:
+    item = params.comparisons[name]
     return f"{item.data}, {scale(item.fraction, train_images(runs, name))}"
 
 

@@ -9,24 +9,24 @@ from kdlib.study.report.differences import ordered
 from kdlib.study.report.plots.style import colours, panels, same_height
 
 
-def learning_curves(study: Params, curves: pd.DataFrame, data: str) -> Figure:
+def learning_curves(params: Params, curves: pd.DataFrame, data: str) -> Figure:
     """Validation top-1 against images seen, one panel per comparison: thin lines are seeds, the thick one is their mean."""
-    names = [name for name in ordered(study) if study.comparisons[name].data == data and study.comparisons[name].methods]
+    names = [name for name in ordered(params) if params.comparisons[name].data == data and params.comparisons[name].methods]
     names = [name for name in names if name in set(curves["comparison"])]
     columns = min(4, max(1, len(names)))
     figure, axes = panels(-(-max(1, len(names)) // columns), columns, (3.4, 3.2))
     for panel, name in zip(axes.flat, names, strict=False):
-        rows = curves[(curves["comparison"] == name) & curves["variant"].isin(study.methods)].dropna(subset=["val_top1"])
-        for method in [method for method in study.methods if method in set(rows["variant"])]:
+        rows = curves[(curves["comparison"] == name) & curves["variant"].isin(params.methods)].dropna(subset=["val_top1"])
+        for method in [method for method in params.methods if method in set(rows["variant"])]:
             part = rows[rows["variant"] == method]
             for _, line in part.groupby("seed"):
-                panel.plot(line["images_seen"] / 1000, 100 * line["val_top1"], color=colours(study)[method], linewidth=0.7, alpha=0.45)
+                panel.plot(line["images_seen"] / 1000, 100 * line["val_top1"], color=colours(params)[method], linewidth=0.7, alpha=0.45)
             whole = part[part.groupby("seed")["images_seen"].transform("max") == part["images_seen"].max()]  # not those that diverged
             mean = whole.groupby("images_seen")["val_top1"].mean()
             panel.plot(
-                mean.index / 1000, 100 * mean, color=colours(study)[method], linewidth=2, label=f"{method} (n={whole['seed'].nunique()})"
+                mean.index / 1000, 100 * mean, color=colours(params)[method], linewidth=2, label=f"{method} (n={whole['seed'].nunique()})"
             )
-        item = study.comparisons[name]
+        item = params.comparisons[name]
         panel.set(title=f"recipe {item.recipe}, {100 * item.fraction:g} % of the images", xlabel="thousand images seen")
         panel.legend(fontsize="x-small", loc="lower right")
     same_height(axes.flat[: len(names)])

@@ -13,11 +13,11 @@ from kdlib.study.report.render import records
 from kdlib.study.report.tables.effort import grid, sweeps
 
 
-def grids(study: Params, runs: pd.DataFrame, comparison: str) -> Figure:
+def grids(params: Params, runs: pd.DataFrame, comparison: str) -> Figure:
     """Validation top-1 of every trial of a sweep, one heat map per method on one colour scale; the chosen point is framed."""
-    item = study.comparisons[comparison]
-    sweep = sweeps(study)[comparison]
-    found = {method: grid(study, runs, comparison, method) for method in sweep.grids}
+    item = params.comparisons[comparison]
+    sweep = sweeps(params)[comparison]
+    found = {method: grid(params, runs, comparison, method) for method in sweep.grids}
     values = 100 * pd.concat([frame["val_top1"] for frame in found.values()])
     figure, axes = panels(1, len(found), (4.6, 3.8))
     for panel, (method, frame) in zip(axes[0], found.items(), strict=True):
