@@ -209,4 +209,4 @@ def numbers(root: Path, of: Params) -> build.Numbers:
     published_here = root / published.FILE
     published_here.parent.mkdir(parents=True)
     published_here.write_bytes((Path(__file__).parents[1] / published.FILE).read_bytes())
-    return build.read(root, of, of)
+    return build.read_numbers(root, of, of)

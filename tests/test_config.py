@@ -117,7 +117,7 @@ def test_numbers_are_those_of_yaml_1_2_and_of_dvc(tmp_path: Path, text: str, val
     assert text in file.read_text()
     assert config.load(root).recipes["weak"].learning_rate == value
     dvc = pytest.importorskip("dvc.utils.serialize")
-    assert dvc.parse_yaml(file.read_text(), str(file)) == config.read(root)
+    assert dvc.parse_yaml(file.read_text(), str(file)) == config.read_yaml(root)
 
 
 def test_a_number_in_quotes_is_text(tmp_path: Path) -> None:
@@ -521,7 +521,7 @@ def test_a_name_tells_values_apart_that_differ_in_the_last_bit(a: float, b: floa
 def test_yaml_as_written_is_yaml_as_read(tmp_path: Path) -> None:
     """What tiny.write leaves is what these tests changed: no fault of theirs can hide in the writing."""
     tiny.write(tmp_path, full())
-    assert YAML(typ="safe", pure=True).load((tmp_path / "params.yaml").read_text()) == full() == config.read(tmp_path)
+    assert YAML(typ="safe", pure=True).load((tmp_path / "params.yaml").read_text()) == full() == config.read_yaml(tmp_path)
 
 
 def test_entries_that_only_wait_to_be_uncommented_are_accepted() -> None:

@@ -22,7 +22,7 @@ from kdlib.models.checkpoints import load_checkpoint
 from kdlib.study.cli.export import export
 from kdlib.study.cli.study import _stages
 from kdlib.study.report import build
-from kdlib.study.report.render import write
+from kdlib.study.report.render import write_table
 from kdlib.study.training import planned
 from kdlib.study.training.experiment import Experiment
 from tests import imagenet, jpegs, published_recipes, tiny, training
@@ -97,11 +97,11 @@ def test_every_student_learns_from_its_teacher(study: Experiment) -> None:
 
 
 def test_its_tables_put_published_numbers_beside_measured_ones(study: Experiment) -> None:
-    made = build.made(study.root, study.params)
-    numbers = build.read(study.root, made, study.params)
+    made = build.finished_part(study.root, study.params)
+    numbers = build.read_numbers(study.root, made, study.params)
     out = study.root / "results"
-    for table in build.build(made, numbers):
-        write(table, out / "tables")
+    for table in build.build_tables(made, numbers):
+        write_table(table, out / "tables")
     found = pd.read_csv(out / "tables" / "published.csv")
     ours = found[found["comparison"] == REPEATED]
     assert len(ours)

@@ -38,15 +38,15 @@ def root(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table(root: Path, planned: Params) -> Table:
-    made = build.made(root, planned)
-    first, *others = build.build(made, build.read(root, made, planned))
+    made = build.finished_part(root, planned)
+    first, *others = build.build_tables(made, build.read_numbers(root, made, planned))
     assert len(others) >= len(builders.TABLES)
     return first
 
 
 def test_every_published_number_stands_beside_what_was_measured(root: Path, params: Params) -> None:
     found = table(root, params)
-    assert len(found.frame) == len(found.shown) == len(build.read(root, params, params).published) + 1  # one is repeated twice
+    assert len(found.frame) == len(found.shown) == len(build.read_numbers(root, params, params).published) + 1  # one is repeated twice
     kd = pick(found.frame, comparison="large_weak", method="kd", metric="top1")
     assert (kd["value"], kd["mean"], kd["n"]) == (71.03, pytest.approx(0.71), 3)
     assert kd["gap"] == pytest.approx(-0.0003)
@@ -60,10 +60,10 @@ def test_every_published_number_stands_beside_what_was_measured(root: Path, para
 
 
 def test_a_number_beyond_the_interval_is_not_met(root: Path, params: Params) -> None:
-    numbers = build.read(root, params, params)
+    numbers = build.read_numbers(root, params, params)
     for value, verdict in ((60.0, "above"), (90.0, "below")):
         numbers.published["value"] = value
-        row = pick(build.build(params, numbers)[0].frame, comparison="large_weak", method="kd", metric="top1")
+        row = pick(build.build_tables(params, numbers)[0].frame, comparison="large_weak", method="kd", metric="top1")
         assert row["verdict"] == verdict
 
 
@@ -83,8 +83,8 @@ def test_assumed_settings_give_no_verdict(root: Path, params: Params) -> None:
 
 
 def test_each_measure_is_set_beside_its_own(root: Path, params: Params) -> None:
-    numbers = build.read(root, params, params)
-    top5 = pick(build.build(params, numbers)[0].frame, comparison="large_weak", metric="top5")
+    numbers = build.read_numbers(root, params, params)
+    top5 = pick(build.build_tables(params, numbers)[0].frame, comparison="large_weak", metric="top5")
     ours = numbers.runs.query("comparison == 'large_weak' and variant == 'kd'")["test_top5"]
     assert (top5["value"], top5["mean"], top5["n"]) == (96.35, pytest.approx(ours.mean()), 3)
 
@@ -99,9 +99,9 @@ def test_masked_image_modelling_stands_beside_our_baseline(root: Path, params: P
 
 
 def test_captions_name_comparisons_of_assumed_settings(root: Path, params: Params) -> None:
-    made = build.made(root, params)
+    made = build.finished_part(root, params)
     said = "Assumed settings, of which nobody can say that they are the paper's: small_weak."
-    for built in build.build(made, build.read(root, made, params)):
+    for built in build.build_tables(made, build.read_numbers(root, made, params)):
         assert (said in built.caption) == ("Seeds 0" in built.caption)
 
 
@@ -115,17 +115,17 @@ def test_of_one_seed_nothing_is_said(tmp_path: Path) -> None:
 def test_what_was_not_made_is_blank(root: Path, params: Params, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / planned.DISTILL / "large_weak" / "kd" / "seed_2")  # one run of it is missing
-    made = build.made(tmp_path, params)
+    made = build.finished_part(tmp_path, params)
     assert set(params.comparisons) - set(made.comparisons) == {"large_weak"}
     row = pick(table(tmp_path, params).frame, comparison="large_weak", method="kd", metric="top1")
     assert math.isnan(row["mean"]) and (row["n"], row["verdict"]) == (0, "")
     with pytest.raises(Refused, match=r"runs: 1 of \d+ are missing \(runs/distill/large_weak/kd/seed_2\)"):
-        build.read(tmp_path, params, params)
+        build.read_numbers(tmp_path, params, params)
     fail = builders.params(missing="fail")
-    assert build.made(tmp_path, fail) is fail
+    assert build.finished_part(tmp_path, fail) is fail
     shutil.rmtree(tmp_path / planned.DISTILL)
     with pytest.raises(Refused, match=r"comparisons: found 'none that was brought to its end'; allowed: at least one; run `dvc repro"):
-        build.made(tmp_path, params)
+        build.finished_part(tmp_path, params)
 
 
 def test_a_row_that_nobody_published_is_refused(root: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_row_that_nobody_published_is_refused(root: Path) -> None:
         published={"large_weak": {"rows": [{**FIGURE, "where": {"epochs": "7"}}], "settings": "assumed"}}, tables=["published"]
     )
     with pytest.raises(Refused, match=r"study.published.large_weak: found 'figure1 with epochs 7'; allowed: rows of results/published"):
-        build.build(wrong, build.read(root, wrong, wrong))
+        build.build_tables(wrong, build.read_numbers(root, wrong, wrong))
 
 
 def test_a_comparison_that_is_not_there_is_refused() -> None:

@@ -13,10 +13,10 @@ from kdlib.config import schema
 from kdlib.config.schema import Params
 from kdlib.errors import Refused
 from kdlib.study.report import build, published
-from kdlib.study.report.differences import hard_labels, leads, verdicts
+from kdlib.study.report.differences import hard_labels, leads, verdict_table
 from kdlib.study.report.readme import insert_between_markers
-from kdlib.study.report.render import MINUS, Table, latex, markdown, number, write
-from kdlib.study.report.tables.effort import grids
+from kdlib.study.report.render import MINUS, Table, latex, markdown, number, write_table
+from kdlib.study.report.tables.effort import grid_tables
 from tests import builders
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,7 @@ def numbers(found: build.Numbers) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def everything(params: Params, found: build.Numbers) -> dict[str, Table]:
-    return {table.name: table for table in build.build(params, found)}
+    return {table.name: table for table in build.build_tables(params, found)}
 
 
 def pick(frame: pd.DataFrame, **where: object) -> pd.Series:
@@ -114,7 +114,7 @@ def test_what_nobody_measured_is_blank(params: Params, found: build.Numbers) -> 
     row = pick(leads(params, runs), question="lead", comparison="small_weak", method="dkd")
     assert (row["n"], row["verdict"]) == (0, "")
     found = dataclasses.replace(found, runs=runs)
-    shown = build.build(params, found)[0].shown
+    shown = build.build_tables(params, found)[0].shown
     assert pick(shown, recipe="weak", **{"training images": "10 % (100 images)"})["dkd minus kd"] == ""
     assert "dkd" not in build.metrics_summary(runs)["small_weak"]
     assert any("diverged" in line for line in build.headline(params, found, []).split("\n"))
@@ -163,7 +163,7 @@ def test_tuning_compares_equal_effort(everything: dict[str, Table]) -> None:
 
 def test_grid_marks_the_chosen_point_and_a_diverged_trial(params: Params, runs: pd.DataFrame) -> None:
     runs = diverge(runs, "tune", "trial/kd.temperature_1.weight_2", 0)
-    table = next(table for table in grids(params, runs) if table.name == "grid_tune_kd")
+    table = next(table for table in grid_tables(params, runs) if table.name == "grid_tune_kd")
     assert table.shown.to_numpy().tolist() == [["1", "61.0", "diverged"], ["4", "62.0 (chosen)", "61.0"]]
     assert list(table.shown.columns) == ["temperature", "weight 1", "weight 2"]
     assert "4 trials" in table.caption and "seed 0 (n=1" in table.caption
@@ -188,7 +188,7 @@ def test_measures_have_their_units(everything: dict[str, Table]) -> None:
 
 
 def test_verdicts_and_summary_are_what_another_machine_compares(params: Params, runs: pd.DataFrame) -> None:
-    frame = verdicts(params, runs)
+    frame = verdict_table(params, runs)
     assert list(frame.columns) == [
         *("question", "data", "comparison", "method", "baseline", "verdict", "lead", "low", "high", "n", "p_holm", "seeds")
     ]
@@ -205,7 +205,7 @@ def test_tables_do_not_depend_on_the_order_of_rows(params: Params, found: build.
 def test_every_table_is_written_in_three_forms(everything: dict[str, Table], tmp_path: Path) -> None:
     assert list(everything) == ["data_scale", "recipes", "tuning", "grid_tune_kd", "grid_tune_dkd", "cost", "measures"]
     for table in everything.values():
-        write(table, tmp_path)
+        write_table(table, tmp_path)
         again = pd.read_csv(tmp_path / f"{table.name}.csv")
         assert list(again.columns) == list(table.frame.columns) and len(again) == len(table.frame)
         rows = (tmp_path / f"{table.name}.md").read_text().split("\n")
@@ -268,9 +268,9 @@ def test_studies_share_the_projects_published_numbers(tmp_path: Path) -> None:
     for folder, value in ((tmp_path, "1"), (inner, "2")):
         (folder / published.FILE).parent.mkdir(parents=True)
         (folder / published.FILE).write_text(f"table,epochs,value\nfigure1,,{value}\n")
-    assert published.read(inner)["value"].to_list() == [2.0], "a study may have its own"
+    assert published.read_published(inner)["value"].to_list() == [2.0], "a study may have its own"
     (inner / published.FILE).unlink()
-    assert published.read(inner)["value"].to_list() == [1.0]
+    assert published.read_published(inner)["value"].to_list() == [1.0]
 
 
 def test_the_registry_makes_what_params_yaml_may_name() -> None:

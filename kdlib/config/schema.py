@@ -150,7 +150,7 @@ class Recipe(Section):
         return self.model_dump(include=sizes | crops | mixing | {"randaugment", "erasing", "augment"})
 
 
-class Teacher(Section):
+class TeacherParams(Section):
     """Trained here by a recipe, or loaded from a checkpoint of the named model."""
 
     data: str
@@ -245,7 +245,7 @@ class Params(Section):
 
     study: StudyParams
     data: dict[str, DataSource]
-    teachers: dict[str, Teacher]
+    teachers: dict[str, TeacherParams]
     recipes: dict[str, Recipe]
     methods: dict[str, dict[str, float]]
     comparisons: Annotated[dict[str, Comparison], Field(min_length=1)]
@@ -271,7 +271,7 @@ SECTIONS: dict[str, type[Section]] = {
     "study.published.rows": Rows,
     "study.launch": Launch,
     "study.compute": ComputeParams,
-    "teachers": Teacher,
+    "teachers": TeacherParams,
     "recipes": Recipe,
     "recipes.randaugment": RandAugmentParams,
     "comparisons": Comparison,

@@ -90,12 +90,12 @@ PARTS: dict[str, type[Section]] = {
 
 def load(root: Path) -> Detection:
     """The checked study of ``root/params.yaml``. Raises ``Refused`` with one line for the first thing that is wrong."""
-    return parse(config.read(root))
+    return parse(config.read_yaml(root))
 
 
 def parse(content: dict[Any, Any]) -> Detection:
     """Check types, ranges, names, and what depends on each other. Raises ``Refused``."""
-    study = config.check(Detection, content, PARTS)
+    study = config.validate(Detection, content, PARTS)
     check_machines(study.study.launch)
     if study.study.launch.nodes > 1:
         raise refuse("study.launch.nodes", study.study.launch.nodes, "1", "a detector trains on the GPUs of one machine")

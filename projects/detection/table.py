@@ -8,8 +8,7 @@ import pandas as pd
 from kdlib.errors import Refused
 from kdlib.files import read_json
 from kdlib.study.report import published
-from kdlib.study.report.render import Table, markdown, number, records
-from kdlib.study.report.render import write as write_table
+from kdlib.study.report.render import Table, markdown, number, records, write_table
 from projects.detection.settings import Detection, Run
 
 MEASURES = ("box_ap", "mask_ap")
@@ -27,7 +26,7 @@ DIFFERENCES = (
 def check(root: Path) -> None:
     """Raises ``Refused`` where no published numbers are at hand."""
     try:
-        published.read(root)
+        published.read_published(root)
     except FileNotFoundError as error:
         do = "put the folder of the study into the project, or copy the file beside it"
         raise Refused(f"STUDY: found {root}, which has no {published.FILE} at or above it; allowed: a folder that has; {do}") from error
@@ -35,7 +34,7 @@ def check(root: Path) -> None:
 
 def compare(root: Path, study: Detection, runs: Path) -> Table:
     """A row for each published detector and each run that says that it is to be compared with it; blank where nothing was measured."""
-    told = published.read(root)
+    told = published.read_published(root)
     told = told[told["table"] == "table11_coco"].assign(published=lambda rows: rows["value"] / 100)
     places = ["student", "recipe", "metric"]
     ours = pd.DataFrame([row for name, run in study.runs.items() for row in _of_run(root / runs / name, run, study)]).astype(

@@ -110,7 +110,7 @@ def truth(answers: list[Answers]) -> Bool[Tensor, "batch classes"]:
     return right
 
 
-def table(scores: list[Score], announced: Mapping[str, float]) -> pd.DataFrame:
+def score_table(scores: list[Score], announced: Mapping[str, float]) -> pd.DataFrame:
     """A row per set: images, correct answers and their shares, unreadable files, and the announced shares, which are of imagenet alone."""
     rows = []
     for score in scores:
@@ -150,7 +150,7 @@ def _folders(given: list[str]) -> dict[str, Path]:
 
 def _announced(model: str) -> dict[str, float]:
     try:
-        return published.announced(published.read(Path.cwd()), model.partition(".")[0])
+        return published.announced(published.read_published(Path.cwd()), model.partition(".")[0])
     except FileNotFoundError:
         print(f"{published.FILE}: not found at or above {Path.cwd()}, so nothing is published here", file=sys.stderr)
         return {}
@@ -166,7 +166,7 @@ def _check(given: argparse.Namespace) -> None:
         raise refuse("CHECKPOINT", str(given.checkpoint), "a .safetensors or .pth file", "correct the path")
 
 
-def run(given: argparse.Namespace) -> None:
+def evaluate_checkpoint(given: argparse.Namespace) -> None:
     """The command. Raises ``Refused``."""
     _check(given)
     folders = _folders(given.data)
@@ -186,7 +186,7 @@ def run(given: argparse.Namespace) -> None:
     for score in scores:
         if score.unreadable:
             print(f"--data {score.name}: {len(score.unreadable)} unreadable: {some(score.unreadable)}", file=sys.stderr)
-    found = table(scores, _announced(given.model))
+    found = score_table(scores, _announced(given.model))
     print(shown(found))
     write_csv(given.csv, found.assign(model=given.model, checkpoint=given.checkpoint.name, size=view.size, crop=view.crop))
 
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that decode (default: one per core)")
     parser.add_argument("--csv", type=Path, default=Path("evaluation.csv"), help="where the table goes (default: evaluation.csv)")
     try:
-        run(parser.parse_args())
+        evaluate_checkpoint(parser.parse_args())
     except Refused as error:
         sys.exit(str(error).removeprefix(f"{FILE}: "))
 

@@ -57,7 +57,9 @@ def export(experiment: Experiment, run: tuple[str, str, int], folder: Path) -> N
     looks |= {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "num_classes": student.shape.classes}
     student.net.cpu().to(memory_format=torch.contiguous_format)  # as safetensors wants them
     save_for_hf(student.net, str(folder), model_config={"pretrained_cfg": looks}, model_args=arguments, safe_serialization=True)
-    write_text(folder / "README.md", card(experiment, run, read_json(found / "run.json"), metrics, read_json(found / "environment.json")))
+    write_text(
+        folder / "README.md", model_card(experiment, run, read_json(found / "run.json"), metrics, read_json(found / "environment.json"))
+    )
 
 
 def to_onnx(experiment: Experiment, run: tuple[str, str, int], path: Path) -> float:
@@ -89,7 +91,9 @@ def to_onnx(experiment: Experiment, run: tuple[str, str, int], path: Path) -> fl
     return gap
 
 
-def card(experiment: Experiment, run: tuple[str, str, int], about: dict[str, Any], metrics: dict[str, Any], where: dict[str, Any]) -> str:
+def model_card(
+    experiment: Experiment, run: tuple[str, str, int], about: dict[str, Any], metrics: dict[str, Any], where: dict[str, Any]
+) -> str:
     """The model card: what it learned from whom, how good it is with n, where it was trained, how to load it."""
     comparison, variant, seed = run
     params = experiment.params

@@ -52,7 +52,7 @@ def describe(root: Path, title: str) -> Stage:
         raise Refused(f"dvc.yaml: found no stage {kind!r}; allowed: {', '.join(stages)}; choose one of them")
     body, values = stages[kind], {"key": name}
     if "do" in body:
-        items = config.read(root)[re.fullmatch(r"\$\{(\w+)\}", body["foreach"])[1]]  # type: ignore[index]
+        items = config.read_yaml(root)[re.fullmatch(r"\$\{(\w+)\}", body["foreach"])[1]]  # type: ignore[index]
         item = items[known(kind, name, items)]
         values |= {f"item.{field}": value for field, value in item.items() if isinstance(value, str)}
         body = body["do"]
@@ -73,7 +73,7 @@ def clean(source: Path, copy: Path) -> None:
     write_text(copy, _dump(_strip(json.loads(source.read_text("utf-8")), outputs=False)))
 
 
-def run(root: Path, title: str) -> None:
+def run_stage(root: Path, title: str) -> None:
     """Execute a stage's notebook with papermill; keep the executed notebook, without what differs from run to run.
 
     Raises ``Refused`` when the stage's notebook refuses something, and when code or parameters changed meanwhile: DVC would
@@ -163,7 +163,7 @@ def _inputs(root: Path, stage: Stage) -> str:
         if not dep.startswith("runs/"):
             for file in sorted((root / dep).rglob("*.py")) if (root / dep).is_dir() else [root / dep]:
                 digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
-    content = config.read(root)
+    content = config.read_yaml(root)
     for key in stage.params:
         value: Any = content
         for step in key.split("."):
@@ -221,7 +221,7 @@ def main() -> None:
             clean(given.source, given.copy)
         else:
             with refuse_full_disk():  # papermill writes too
-                run(Path.cwd(), given.stage)
+                run_stage(Path.cwd(), given.stage)
     except Refused as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

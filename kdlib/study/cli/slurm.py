@@ -54,7 +54,7 @@ class Asked:
     options: list[str]  # of sbatch, as account=abc or exclusive
 
 
-def submit(root: Path, asked: Asked) -> str:
+def submit_job(root: Path, asked: Asked) -> str:
     """Put the study into the queue; what to tell the person. Raises ``Refused``, with what Slurm said where it was Slurm that refused."""
     launch = config.load(root).study.launch
     _check(asked, launch)
@@ -63,7 +63,7 @@ def submit(root: Path, asked: Asked) -> str:
     executor.update_parameters(**_parameters(root, asked, launch))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit says it there too
-            job = executor.submit(Machine(root, folder))
+            job = executor.submit(NodeTask(root, folder))
     except (FailedJobError, FailedSubmissionError) as error:
         shutil.rmtree(folder, ignore_errors=True)  # submitit leaves there what it would have begun
         said = " ".join(str(error).replace("sbatch: error: ", "").split())
@@ -114,7 +114,7 @@ def _state(job: str) -> str:
 
 
 @dataclass
-class Machine:
+class NodeTask:
     """What submitit calls on each machine of a job, each time that it begins: the first runs the study, the others join it."""
 
     root: Path
@@ -140,7 +140,7 @@ class Machine:
     def checkpoint(self) -> DelayedSubmission:
         """Have the study saved. Returns what to do when the job begins again."""
         self._stop()
-        return DelayedSubmission(Machine(self.root, self.folder))
+        return DelayedSubmission(NodeTask(self.root, self.folder))
 
     def _meet(self, job: JobEnvironment, meeting: Path) -> None:
         """Wait until all machines have shown that they see the study. Raises ``Refused``."""

@@ -37,7 +37,7 @@ SHIPPED = ".state/shipped_verdicts.csv"  # without git: the verdicts that came w
 MARKERS = "results"
 
 
-def find(name: str | None) -> Path:
+def find_study(name: str | None) -> Path:
     """The folder of a study: the project's studies/``name``, or the one that we stand in. Raises ``Refused`` for one that is not there."""
     root = config.find_root()
     if name is None:
@@ -49,7 +49,7 @@ def find(name: str | None) -> Path:
     return there[name]
 
 
-def check(root: Path) -> None:
+def check_study(root: Path) -> None:
     """Everything in params.yaml that can be wrong before data are there. Raises ``Refused``."""
     from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (3 s of imports that `gc` and `readme` do without)
 
@@ -59,7 +59,7 @@ def check(root: Path) -> None:
 def plan(root: Path, steps: int) -> None:
     """Print what a study costs, and write it to build/plan.csv. Raises ``Refused`` for what fits neither memory nor disk."""
     from kdlib.study.cost.plan import Outlook, check_disk  # noqa: PLC0415
-    from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (see ``check``)
+    from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (see ``check_study``)
 
     outlook = Outlook(Experiment(root), steps)
     rows = outlook.rows()
@@ -69,9 +69,9 @@ def plan(root: Path, steps: int) -> None:
     check_disk(total([row.forecast for row in rows]), shutil.disk_usage(project(root)).free)
 
 
-def run(root: Path) -> None:
+def run_study(root: Path) -> None:
     """`dvc repro`, one study at a time in a project; then the headline and the comparison with the committed verdicts."""
-    check(root)
+    check_study(root)
     with _alone(root) as lock:
         _without_git(root)
         committed = _committed(root)
@@ -105,7 +105,7 @@ def _stages(root: Path) -> list[list[str]]:
 
 
 def _is_set(path: str) -> bool:
-    from kdlib.data.paths import place  # noqa: PLC0415 (see ``check``)
+    from kdlib.data.paths import place  # noqa: PLC0415 (see ``check_study``)
 
     try:
         place("", path)
@@ -114,17 +114,17 @@ def _is_set(path: str) -> bool:
     return True
 
 
-def join(root: Path) -> None:
+def join_study(root: Path) -> None:
     """Train what the first machine trains, where study.launch names several: in the same folder, but for locks and files of DVC."""
     from kdlib.parallel import launch  # noqa: PLC0415
-    from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (see ``check``)
+    from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (see ``check_study``)
 
     launch.join(Experiment(root).params.study.launch)
 
 
-def submit(root: Path, given: argparse.Namespace) -> None:
+def submit_study(root: Path, given: argparse.Namespace) -> None:
     """Put the study into Slurm's queue, after what can be checked away from its machines. Raises ``Refused``."""
-    from kdlib.study.training.checks import check_names, check_shares  # noqa: PLC0415 (see ``check``)
+    from kdlib.study.training.checks import check_shares, check_without_data  # noqa: PLC0415 (see ``check_study``)
 
     try:
         from kdlib.study.cli import slurm  # noqa: PLC0415 (optional)
@@ -132,8 +132,8 @@ def submit(root: Path, given: argparse.Namespace) -> None:
         raise Refused(f'{error.name}: found no such package; allowed: submitit and what it needs; `pip install -e ".[slurm]"`') from error
     params = config.load(root)
     check_shares(params)
-    check_names(params)
-    print(slurm.submit(root, slurm.Asked(given.hours, given.partition, given.gpus, given.cores, given.sbatch)))
+    check_without_data(params)
+    print(slurm.submit_job(root, slurm.Asked(given.hours, given.partition, given.gpus, given.cores, given.sbatch)))
 
 
 @contextmanager
@@ -268,11 +268,11 @@ def main() -> None:
         if given.command == "gc":
             gc(config.find_root(), given.free)
         elif given.command == "plan":
-            plan(find(given.study), given.steps)
+            plan(find_study(given.study), given.steps)
         elif given.command == "submit":
-            submit(find(given.study), given)
+            submit_study(find_study(given.study), given)
         else:
-            {"run": run, "join": join, "check": check, "readme": readme}[given.command](find(given.study))
+            {"run": run_study, "join": join_study, "check": check_study, "readme": readme}[given.command](find_study(given.study))
     except Refused as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

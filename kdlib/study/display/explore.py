@@ -32,7 +32,7 @@ def folders(experiment: Experiment, runs: pd.DataFrame) -> dict[str, Path]:
     return {f"{run[0]} {run[1]}, seed {run[2]}": planned.run_folder(experiment.root, run) for run in runs.index}
 
 
-def answers(experiment: Experiment, comparison: str, folder: Path, split: str = "test") -> pd.DataFrame:
+def predictions(experiment: Experiment, comparison: str, folder: Path, split: str = "test") -> pd.DataFrame:
     """What a comparison's teacher and the student of a run say of each image of a split, one row each, in the split's order.
 
     ``label`` is the true class, ``teacher`` and ``student`` are the classes they choose, ``teacher_p`` and ``student_p`` the

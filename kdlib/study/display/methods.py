@@ -89,7 +89,7 @@ def _parts(asks: Asks) -> str:
     return ", ".join(part.value for part in Feature if part in asks) or "nothing"
 
 
-def card(name: str, parameters: Mapping[str, float]) -> str:
+def method_card(name: str, parameters: Mapping[str, float]) -> str:
     """A method's equation, paper, parameters and what it looks at, as Markdown."""
     method = made(name, parameters)
     rows = looks(method) | {"params.yaml": ", ".join(f"{key} {value:g}" for key, value in parameters.items())}
@@ -128,7 +128,7 @@ def _leaves(output: Output) -> Output:
     return Output(output.logits.clone().requires_grad_(), embedding, maps, before)
 
 
-def answers() -> Figure:
+def probabilities() -> Figure:
     """The four images: probabilities at temperature 1 that student and teacher give the classes, the label in bold type."""
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.2))
     for axis, who in zip(axes, ("student", "teacher"), strict=True):

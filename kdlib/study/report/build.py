@@ -13,11 +13,11 @@ from kdlib.study.report import collect, published
 from kdlib.study.report.differences import by_seed
 from kdlib.study.report.readme import changes, labelled, ranked, readme_block, tuned
 from kdlib.study.report.render import Table
-from kdlib.study.report.tables.by_label import losses
-from kdlib.study.report.tables.by_method import methods
-from kdlib.study.report.tables.comparisons import data_scale, measures, recipes
-from kdlib.study.report.tables.effort import cost, grids, sweeps, tuning
-from kdlib.study.report.tables.reproduction import reproduction
+from kdlib.study.report.tables.by_label import label_tables
+from kdlib.study.report.tables.by_method import method_tables
+from kdlib.study.report.tables.comparisons import data_scale_table, measures_table, recipes_table
+from kdlib.study.report.tables.effort import cost_table, grid_tables, sweeps, tuning_table
+from kdlib.study.report.tables.reproduction import reproduction_table
 from kdlib.study.training.planned import expected, expected_runs
 
 
@@ -31,7 +31,7 @@ class Numbers:
     timing: pd.DataFrame  # seconds: they differ from run to run
     teachers: pd.DataFrame
     teacher_curves: pd.DataFrame
-    published: pd.DataFrame  # kdlib.study.report.published.read
+    published: pd.DataFrame  # kdlib.study.report.published.read_published
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,18 @@ class Entry:
 
 
 TABLES: dict[str, Entry] = {
-    "published": Entry(lambda _, of: [reproduction(of.planned, of.runs, of.teachers, of.published)]),
-    "data_scale": Entry(lambda params, of: [data_scale(params, of.runs, of.published)], changes),
-    "recipes": Entry(lambda params, of: [recipes(params, of.runs, of.published, of.teachers)]),
-    "tuning": Entry(lambda params, of: [tuning(params, of.runs), *grids(params, of.runs)] if sweeps(params) else [], tuned),
-    "methods": Entry(lambda params, of: methods(params, of.runs, of.timing, of.published, of.teachers), ranked),
-    "losses": Entry(lambda params, of: losses(params, of.runs), labelled),
-    "cost": Entry(lambda params, of: [cost(params, of.runs)]),
-    "measures": Entry(lambda params, of: [measures(params, of.runs)]),
+    "published": Entry(lambda _, of: [reproduction_table(of.planned, of.runs, of.teachers, of.published)]),
+    "data_scale": Entry(lambda params, of: [data_scale_table(params, of.runs, of.published)], changes),
+    "recipes": Entry(lambda params, of: [recipes_table(params, of.runs, of.published, of.teachers)]),
+    "tuning": Entry(lambda params, of: [tuning_table(params, of.runs), *grid_tables(params, of.runs)] if sweeps(params) else [], tuned),
+    "methods": Entry(lambda params, of: method_tables(params, of.runs, of.timing, of.published, of.teachers), ranked),
+    "losses": Entry(lambda params, of: label_tables(params, of.runs), labelled),
+    "cost": Entry(lambda params, of: [cost_table(params, of.runs)]),
+    "measures": Entry(lambda params, of: [measures_table(params, of.runs)]),
 }
 
 
-def made(root: Path, planned: Params) -> Params:
+def finished_part(root: Path, planned: Params) -> Params:
     """With ``study.missing: blank`` those teachers and comparisons that were brought to their end, otherwise all.
 
     Raises ``Refused`` when no comparison was.
@@ -68,7 +68,7 @@ def made(root: Path, planned: Params) -> Params:
     return planned.model_copy(update={"teachers": teachers, "comparisons": comparisons})
 
 
-def read(root: Path, params: Params, planned: Params) -> Numbers:
+def read_numbers(root: Path, params: Params, planned: Params) -> Numbers:
     """The numbers of exactly the runs that ``params``, what of ``planned`` was made, asks for. Raises ``Refused`` when one is missing."""
     runs = expected(params)
     return Numbers(
@@ -78,11 +78,11 @@ def read(root: Path, params: Params, planned: Params) -> Numbers:
         collect.timing(root, runs),
         collect.teachers(root, params.teachers),
         collect.teacher_curves(root, params.teachers),
-        published.read(root),
+        published.read_published(root),
     )
 
 
-def build(params: Params, numbers: Numbers) -> list[Table]:
+def build_tables(params: Params, numbers: Numbers) -> list[Table]:
     """Every table that study.tables names, in its order."""
     return [table for name in params.study.tables for table in TABLES[name].tables(params, numbers)]
 

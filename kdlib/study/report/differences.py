@@ -8,7 +8,7 @@ import pandas as pd
 
 from kdlib.config.schema import Comparison, Params
 from kdlib.study.report import stats
-from kdlib.study.report.render import scale, told
+from kdlib.study.report.render import estimate_columns, scale
 
 COLUMNS = [
     *("question", "data", "teacher", "student", "recipe", "scale", "fraction", "train_images", "comparison", "method", "baseline"),
@@ -69,7 +69,7 @@ def leads(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
     for i, (question, data) in enumerate(zip(frame["question"], frame["data"], strict=True)):
         families.setdefault((question, data), []).append(i)
     for (question, _), members in families.items():
-        answers = stats.verdicts([stats.estimate(rows[i].values, params.study.confidence) for i in members], params.study.confidence)
+        answers = stats.holm_verdicts([stats.estimate(rows[i].values, params.study.confidence) for i in members], params.study.confidence)
         for i, (verdict, p) in zip(members, answers, strict=True):
             frame.loc[i, "p_holm"] = p
             if rows[i].values:  # a cell that nobody measured stays blank
@@ -77,7 +77,7 @@ def leads(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def verdicts(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
+def verdict_table(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
     """results/verdicts.csv: what this study claims, and what another machine's run of it is compared with."""
     return leads(params, runs).rename(columns={"mean": "lead"})[VERDICTS]
 
@@ -130,7 +130,7 @@ def _tell(row: _Row, params: Params, runs: pd.DataFrame) -> dict[str, object]:
         "student": item.student,
         "train_images": math.nan if math.isnan(row.fraction) else train_images(runs, first),
         **{key: value for key, value in vars(row).items() if key != "values"},
-        **told(stats.estimate(row.values, params.study.confidence)),
+        **estimate_columns(stats.estimate(row.values, params.study.confidence)),
         "p_holm": math.nan,
         "verdict": "",
     }
@@ -141,7 +141,7 @@ def _challengers(params: Params, *items: Comparison) -> list[str]:
 
 
 def _lead(runs: pd.DataFrame, comparison: str, method: str, baseline: str) -> stats.BySeed:
-    return stats.differences(by_seed(runs, comparison, method), by_seed(runs, comparison, baseline))
+    return stats.paired_differences(by_seed(runs, comparison, method), by_seed(runs, comparison, baseline))
 
 
 def _leads(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
@@ -157,7 +157,7 @@ def _change(params: Params, runs: pd.DataFrame, question: str, pair: tuple[str, 
     """How each challenger's lead in the first comparison of ``pair`` differs from its lead in the second."""
     baseline = params.study.baseline
     for method in _challengers(params, *(params.comparisons[name] for name in pair)):
-        values = stats.differences(*(_lead(runs, name, method, baseline) for name in pair))
+        values = stats.paired_differences(*(_lead(runs, name, method, baseline) for name in pair))
         yield _Row(question, " minus ".join(pair), *place, method, baseline, values)
 
 
@@ -189,7 +189,7 @@ def _hard_labels(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
             new, old = params.comparisons[name], params.comparisons[first]
             place = (f"{new.recipe} minus {old.recipe}", scale(new.fraction, train_images(runs, name)), new.fraction)
             for method in in_all(params, group.values()):
-                values = stats.differences(by_seed(runs, name, method), by_seed(runs, first, method))
+                values = stats.paired_differences(by_seed(runs, name, method), by_seed(runs, first, method))
                 yield _Row("hard label", f"{name} minus {first}", *place, method, method, values)
 
 
@@ -205,7 +205,9 @@ def _tunings(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
         for method in item.sweep.grids:
             tuned = by_seed(runs, name, f"{method}_tuned")
             if untuned is not None:
-                yield _Row("tuning", name, *place, f"{method}_tuned", baseline, stats.differences(tuned, by_seed(runs, untuned, baseline)))
+                yield _Row(
+                    "tuning", name, *place, f"{method}_tuned", baseline, stats.paired_differences(tuned, by_seed(runs, untuned, baseline))
+                )
             if method != baseline and baseline in item.sweep.grids:
                 against = by_seed(runs, name, f"{baseline}_tuned")
-                yield _Row("tuning", name, *place, f"{method}_tuned", f"{baseline}_tuned", stats.differences(tuned, against))
+                yield _Row("tuning", name, *place, f"{method}_tuned", f"{baseline}_tuned", stats.paired_differences(tuned, against))

@@ -9,7 +9,7 @@ _TEXTS = ("table", "dataset", "teacher", "student", "recipe", "method", "metric"
 _FRACTIONS = {"imagenet1k_30pct": ("imagenet1k", 0.3), "imagenet1k_60pct": ("imagenet1k", 0.6)}
 
 
-def read(root: Path) -> pd.DataFrame:
+def read_published(root: Path) -> pd.DataFrame:
     """All published numbers: table, dataset, teacher, student, recipe, epochs, method, metric, value (as printed), kind, source.
 
     From the nearest folder at or above the study's that has them: the studies of a project share one copy.

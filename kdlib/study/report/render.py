@@ -62,7 +62,7 @@ def latex(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(table: Table, folder: Path) -> None:
+def write_table(table: Table, folder: Path) -> None:
     """``folder/<name>.md``, ``.csv`` and ``.tex``, each whole or not at all."""
     write_text(folder / f"{table.name}.md", markdown(table))
     write_text(folder / f"{table.name}.tex", latex(table))
@@ -84,7 +84,7 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def told(found: stats.Estimate) -> dict[str, object]:
+def estimate_columns(found: stats.Estimate) -> dict[str, object]:
     """An estimate as columns of a tidy frame."""
     return {"mean": found.mean, "low": found.low, "high": found.high, "n": found.n, "seeds": " ".join(map(str, found.seeds))}
 

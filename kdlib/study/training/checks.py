@@ -22,7 +22,7 @@ from kdlib.study.training.planned import methods_of, trials_of
 from kdlib.types import OutputShape
 
 
-def check_names(params: Params) -> None:
+def check_without_data(params: Params) -> None:
     """Methods with their parameters, optimisers, and models as far as params.yaml tells the data's shape. Raises ``Refused``."""
     for name, parameters in params.methods.items():
         check_method(f"methods.{name}", name, parameters)

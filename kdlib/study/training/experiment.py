@@ -28,7 +28,7 @@ from kdlib.parallel.launch import placed
 from kdlib.parallel.placement import Placement
 from kdlib.parallel.ranks import from_rank_zero, rank, say, wait_for_all
 from kdlib.study.training import identity
-from kdlib.study.training.checks import check_against_data, check_launch, check_method, check_names, full_memory_refused
+from kdlib.study.training.checks import check_against_data, check_launch, check_method, check_without_data, full_memory_refused
 from kdlib.study.training.code_hash import fingerprint
 from kdlib.study.training.planned import DATA, TEACHERS, TUNED, Variant, methods_of, run_folder, trials_of
 from kdlib.study.training.store import ANSWERS, Store, beside_dvc_cache
@@ -63,7 +63,7 @@ class Experiment:
         self.answers = beside_dvc_cache(self.root, ANSWERS)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.schedule = Placement.on(self.device, self.params.study.launch, Diverged)
-        check_names(self.params)
+        check_without_data(self.params)
         check_launch(self.params)
 
     # -- data -----------------------------------------------------------------------------------------------------------------

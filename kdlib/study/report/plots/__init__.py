@@ -7,19 +7,17 @@ from matplotlib.figure import Figure
 from kdlib.config.schema import Params
 from kdlib.study.report.build import Numbers
 from kdlib.study.report.plots import by_method, scales
-from kdlib.study.report.plots.curves import learning_curves, teacher_curve
-from kdlib.study.report.plots.scales import data_scale
-from kdlib.study.report.plots.style import colours as colours
-from kdlib.study.report.plots.style import save as save
-from kdlib.study.report.plots.tuning import grids
+from kdlib.study.report.plots.curves import plot_learning_curves, plot_teachers
+from kdlib.study.report.plots.scales import plot_data_scale
+from kdlib.study.report.plots.tuning import plot_grids
 from kdlib.study.report.tables.effort import sweeps
 
 Figures = dict[str, Figure]
 
 
-def build(params: Params, numbers: Numbers) -> Figures:
+def build_figures(params: Params, numbers: Numbers) -> Figures:
     """By name: the teachers, and what belongs to the tables that study.tables names; a table's own figure has its name."""
-    figures = {"teachers": teacher_curve(numbers.teacher_curves, numbers.teachers)}
+    figures = {"teachers": plot_teachers(numbers.teacher_curves, numbers.teachers)}
     for name in params.study.tables:
         if name in FIGURES:
             figures |= FIGURES[name](params, numbers)
@@ -28,8 +26,8 @@ def build(params: Params, numbers: Numbers) -> Figures:
 
 def _recipes(params: Params, numbers: Numbers) -> Figures:
     data = dict.fromkeys(comparison.data for comparison in params.comparisons.values())
-    figures = {f"accuracy_{name}": scales.accuracy(params, numbers.runs, name) for name in data}
-    return figures | {f"learning_curves_{name}": learning_curves(params, numbers.curves, name) for name in data}
+    figures = {f"accuracy_{name}": scales.plot_accuracies(params, numbers.runs, name) for name in data}
+    return figures | {f"learning_curves_{name}": plot_learning_curves(params, numbers.curves, name) for name in data}
 
 
 def _methods(params: Params, numbers: Numbers) -> Figures:
@@ -37,8 +35,8 @@ def _methods(params: Params, numbers: Numbers) -> Figures:
 
 
 FIGURES: dict[str, Callable[[Params, Numbers], Figures]] = {
-    "data_scale": lambda params, of: {"data_scale": data_scale(params, of.runs, of.published)},
+    "data_scale": lambda params, of: {"data_scale": plot_data_scale(params, of.runs, of.published)},
     "recipes": _recipes,
-    "tuning": lambda params, of: {f"grid_{name}": grids(params, of.runs, name) for name in sweeps(params)},
+    "tuning": lambda params, of: {f"grid_{name}": plot_grids(params, of.runs, name) for name in sweeps(params)},
     "methods": _methods,
 }

@@ -9,7 +9,7 @@ from kdlib.study.report.differences import ordered
 from kdlib.study.report.plots.style import colours, panels, same_height
 
 
-def learning_curves(params: Params, curves: pd.DataFrame, data: str) -> Figure:
+def plot_learning_curves(params: Params, curves: pd.DataFrame, data: str) -> Figure:
     """Validation top-1 against images seen, one panel per comparison: thin lines are seeds, the thick one is their mean."""
     names = [name for name in ordered(params) if params.comparisons[name].data == data and params.comparisons[name].methods]
     names = [name for name in names if name in set(curves["comparison"])]
@@ -38,7 +38,7 @@ def learning_curves(params: Params, curves: pd.DataFrame, data: str) -> Figure:
     return figure
 
 
-def teacher_curve(curves: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
+def plot_teachers(curves: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
     """Loss and validation top-1 of every trained teacher by epoch, with the test accuracy that its students rely on."""
     figure, axes = panels(1, 2, (4.2, 3.4))
     left, right = axes[0]

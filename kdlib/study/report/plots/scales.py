@@ -17,7 +17,7 @@ from kdlib.study.report.render import number, records
 PAPER = "published (Hao et al. 2023,\nread off the figure; own scale)"
 
 
-def data_scale(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> Figure:
+def plot_data_scale(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> Figure:
     """The challengers' lead over the baseline by scale, for each recipe of the headline's data set, beside the paper's Figure 1."""
     data, baseline = params.study.headline.data, params.study.baseline
     ahead = leads(params, runs)
@@ -81,7 +81,7 @@ def _bars(axes: Axes, paper: pd.DataFrame, params: Params) -> None:
     axes.set_title(PAPER)
 
 
-def accuracy(params: Params, runs: pd.DataFrame, data: str) -> Figure:
+def plot_accuracies(params: Params, runs: pd.DataFrame, data: str) -> Figure:
     """Test top-1 of every method by scale, one panel per recipe: a dot per seed, a bar for the mean."""
     names = [name for name in ordered(params) if params.comparisons[name].data == data and params.comparisons[name].methods]
     rows = runs[runs["comparison"].isin(names) & ~runs["trial"] & (runs["variant"] == runs["method"]) & (runs["status"] == "finished")]

@@ -28,7 +28,7 @@ def colours(params: Params) -> dict[str, tuple[float, float, float]]:
     return found | {f"{name}_tuned": colour for name, colour in found.items()}
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """``folder/<name>.svg`` and ``.png`` (150 dpi), each whole or not at all; the same figure gives the same bytes."""
     for form, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
         buffer = io.BytesIO()

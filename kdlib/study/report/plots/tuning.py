@@ -13,7 +13,7 @@ from kdlib.study.report.render import records
 from kdlib.study.report.tables.effort import grid, sweeps
 
 
-def grids(params: Params, runs: pd.DataFrame, comparison: str) -> Figure:
+def plot_grids(params: Params, runs: pd.DataFrame, comparison: str) -> Figure:
     """Validation top-1 of every trial of a sweep, one heat map per method on one colour scale; the chosen point is framed."""
     item = params.comparisons[comparison]
     sweep = sweeps(params)[comparison]

@@ -14,7 +14,7 @@ MEANS = (
 )
 
 
-def losses(params: Params, runs: pd.DataFrame) -> list[Table]:
+def label_tables(params: Params, runs: pd.DataFrame) -> list[Table]:
     """A table for each set of comparisons that differ in the hard label's loss alone; a row is a hard label, a column a method."""
     groups = hard_labels(params)
     return [_losses(params, runs, group, "losses" if group is groups[0] else f"losses_{next(iter(group.values()))}") for group in groups]

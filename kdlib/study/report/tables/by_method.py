@@ -9,7 +9,7 @@ import pandas as pd
 from kdlib.config.schema import Params
 from kdlib.study.report import published, stats
 from kdlib.study.report.differences import contests, leads, train_images
-from kdlib.study.report.render import TIMES, Table, lead, measured, number, records, scale, told
+from kdlib.study.report.render import TIMES, Table, estimate_columns, lead, measured, number, records, scale
 from kdlib.study.report.tables.comparisons import HERE, accuracies, sure
 
 _KIND = ["looks_at", "relational"]
@@ -48,7 +48,12 @@ def costs(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, comparison: 
     for method in params.comparisons[comparison].methods:
         part = here[here["variant"] == method]
         together, ratios = _ratios(steps[steps["variant"] == method], steps[steps["variant"] == params.study.baseline])
-        row = {"comparison": comparison, "method": method, "together": together, **told(stats.estimate(ratios, params.study.confidence))}
+        row = {
+            "comparison": comparison,
+            "method": method,
+            "together": together,
+            **estimate_columns(stats.estimate(ratios, params.study.confidence)),
+        }
         rows.append(row | {key: part[key].iloc[0] for key in _KIND} | {key: part[key].max() for key in _SIZES})
     frame = pd.DataFrame(rows, columns=_COSTS)
     kinds = list(dict.fromkeys(frame["looks_at"]))
@@ -65,10 +70,13 @@ def _ratios(method: pd.DataFrame, baseline: pd.DataFrame) -> tuple[bool, stats.B
     return len(same) > 0, {int(seed): float(ratio) for seed, ratio in zip(used["seed"], ratios, strict=True)}
 
 
-def methods(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, numbers: pd.DataFrame, teachers: pd.DataFrame) -> list[Table]:
+def method_tables(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, numbers: pd.DataFrame, teachers: pd.DataFrame) -> list[Table]:
     """A table for each pair of models and each recipe of the headline; one row per method, those that look at the same thing together."""
-    paper, told = published.strategies(numbers), dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
-    return [_methods(params, runs, timing, paper, told, names, called("methods", i, names)) for i, names in enumerate(by_scale(params))]
+    paper, estimate_columns = published.strategies(numbers), dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
+    return [
+        _methods(params, runs, timing, paper, estimate_columns, names, called("methods", i, names))
+        for i, names in enumerate(by_scale(params))
+    ]
 
 
 def called(kind: str, i: int, names: list[str]) -> str:

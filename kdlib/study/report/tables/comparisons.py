@@ -7,7 +7,7 @@ import pandas as pd
 from kdlib.config.schema import Params
 from kdlib.study.report import collect, published, stats
 from kdlib.study.report.differences import by_seed, leads, ordered, train_images
-from kdlib.study.report.render import Table, lead, measured, number, records, scale, told
+from kdlib.study.report.render import Table, estimate_columns, lead, measured, number, records, scale
 
 PAPER = "Hao et al. 2023"
 HERE = "measured here"
@@ -32,7 +32,7 @@ def alone(runs: pd.DataFrame) -> str:
     return str(next(iter(runs.loc[runs["teacher_flops"] == 0, "method"]), "student"))
 
 
-def data_scale(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> Table:
+def data_scale_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> Table:
     """The challengers' lead at each scale and recipe, how it changes, and the gaps of the paper's Figure 1."""
     ours = leads(params, runs)
     ours = ours[ours["question"].isin(("lead", "scale", "recipe"))].assign(source=HERE)
@@ -77,11 +77,13 @@ def accuracies(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
         where = {key: getattr(item, key) for key in ("data", "recipe", "fraction", "teacher", "student")}
         for method in item.methods:
             found = stats.estimate(by_seed(runs, name, method), params.study.confidence)
-            rows.append({"comparison": name, **where, "train_images": train_images(runs, name), "method": method, **told(found)})
+            rows.append(
+                {"comparison": name, **where, "train_images": train_images(runs, name), "method": method, **estimate_columns(found)}
+            )
     return pd.DataFrame(rows)
 
 
-def recipes(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, teachers: pd.DataFrame) -> Table:
+def recipes_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, teachers: pd.DataFrame) -> Table:
     """Every method under every recipe and scale, beside the paper's Table 1 and the published numbers of the recipes A1 and A2.
 
     A row of ``frame`` with a ``baseline`` is a difference, one without is an accuracy.
@@ -120,7 +122,7 @@ def recipes(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, teachers:
     return Table("recipes", "Methods under each recipe, beside the published numbers", caption, frame, shown)
 
 
-def measures(params: Params, runs: pd.DataFrame) -> Table:
+def measures_table(params: Params, runs: pd.DataFrame) -> Table:
     """All six measures of the test split."""
     students = runs[~runs["trial"]]
     rows: list[dict[str, Any]] = []
@@ -128,7 +130,7 @@ def measures(params: Params, runs: pd.DataFrame) -> Table:
         for variant in dict.fromkeys(students.loc[students["comparison"] == name, "variant"]):
             for measure in collect.MEASURES:
                 found = stats.estimate(by_seed(students, name, variant, f"test_{measure}"), params.study.confidence)
-                rows.append({"comparison": name, "method": variant, "measure": measure, **told(found)})
+                rows.append({"comparison": name, "method": variant, "measure": measure, **estimate_columns(found)})
     cells: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         cells.setdefault((row["comparison"], row["method"]), []).append(measured(row, percent=row["measure"] not in _NATS))

@@ -9,7 +9,7 @@ import pandas as pd
 from kdlib.config.schema import Params, Sweep
 from kdlib.study.report import stats
 from kdlib.study.report.differences import by_seed, leads, ordered, same_setting
-from kdlib.study.report.render import TIMES, Table, lead, measured, number, records, told
+from kdlib.study.report.render import TIMES, Table, estimate_columns, lead, measured, number, records
 from kdlib.study.report.tables.comparisons import sure
 
 _COUNTS = ["images_seen", "student_parameters", "extra_parameters", "train_flops", "teacher_flops"]
@@ -31,7 +31,7 @@ def grid(params: Params, runs: pd.DataFrame, comparison: str, method: str) -> pd
     return points[rows["trial"]].sort_values(axes).reset_index(drop=True)
 
 
-def grids(params: Params, runs: pd.DataFrame) -> list[Table]:
+def grid_tables(params: Params, runs: pd.DataFrame) -> list[Table]:
     """Each swept method's grid: rows are all parameters but the last, columns the last."""
     return [_grid(params, runs, name, method) for name, sweep in sweeps(params).items() for method in sweep.grids]
 
@@ -57,7 +57,7 @@ def _grid(params: Params, runs: pd.DataFrame, comparison: str, method: str) -> T
     return Table(f"grid_{comparison}_{method}", title, caption, frame.assign(seed=sweep.seed), shown)
 
 
-def tuning(params: Params, runs: pd.DataFrame) -> Table:
+def tuning_table(params: Params, runs: pd.DataFrame) -> Table:
     """Each swept method with its parameters of params.yaml and with the chosen ones: test top-1, and who leads whom.
 
     A row of ``frame`` with a ``baseline`` is a difference, one without is an accuracy.
@@ -101,14 +101,14 @@ def _tuning_row(params: Params, runs: pd.DataFrame, comparison: str, method: str
     row |= {"comparison": home or comparison, "method": variant}
     row |= {"parameters": ", ".join(f"{axis} {values[axis]:g}" for axis in sweep.grids[method] if axis in values)}
     row |= {"trials": _trials(runs, comparison, method) if tuned else 0, "trial_seed": sweep.seed if tuned else None}
-    return row | told(stats.estimate(by_seed(runs, home, variant) if home else {}, params.study.confidence)), home
+    return row | estimate_columns(stats.estimate(by_seed(runs, home, variant) if home else {}, params.study.confidence)), home
 
 
 def _trials(runs: pd.DataFrame, comparison: str, method: str) -> int:
     return int(((runs["comparison"] == comparison) & (runs["method"] == method) & runs["trial"]).sum())
 
 
-def cost(params: Params, runs: pd.DataFrame) -> Table:
+def cost_table(params: Params, runs: pd.DataFrame) -> Table:
     """What one run of each method costs, and how many trials chose it. Only what repeats exactly: seconds are in timing.csv."""
     finished = runs[runs["status"] == "finished"]
     students = finished[~finished["trial"]]

@@ -9,14 +9,14 @@ from kdlib.config.schema import Params, Rows
 from kdlib.errors import refuse
 from kdlib.study.report import published, stats
 from kdlib.study.report.differences import by_seed
-from kdlib.study.report.render import Table, measured, number, records, told
+from kdlib.study.report.render import Table, estimate_columns, measured, number, records
 from kdlib.study.report.tables.comparisons import alone, sure
 
 _SHARES = {"top1": "test_top1", "top1_gap_points": "test_top1", "top5": "test_top5"}  # in percent and points; measured as shares
 _MINUS = "_minus_"  # a published lead: dkd_minus_kd
 
 
-def reproduction(planned: Params, runs: pd.DataFrame, teachers: pd.DataFrame, numbers: pd.DataFrame) -> Table:
+def reproduction_table(planned: Params, runs: pd.DataFrame, teachers: pd.DataFrame, numbers: pd.DataFrame) -> Table:
     """One row for each published number and comparison that repeats it, in the order of results/published/results.csv.
 
     Blank where nothing was measured. ``planned``: the whole study, with comparisons that were not made yet. A published number is met where
@@ -33,7 +33,7 @@ def reproduction(planned: Params, runs: pd.DataFrame, teachers: pd.DataFrame, nu
             found = stats.estimate(_ours(planned, runs, teachers, name, {**row, "method": method}), planned.study.confidence)
             gap = found.mean - row["value"] / 100 if row["metric"] in _SHARES else math.nan
             verdict = _verdict(found, row, settings) if method in (row["method"], alone(runs)) else ""
-            rows.append({**row, "comparison": name, "settings": settings, "gap": gap, "verdict": verdict, **told(found)})
+            rows.append({**row, "comparison": name, "settings": settings, "gap": gap, "verdict": verdict, **estimate_columns(found)})
     frame = pd.DataFrame(rows).astype({"n": "Int64"})
     shown = pd.DataFrame([_shown(row) for row in rows])
     caption = (
