@@ -140,10 +140,10 @@ def _batches(images: EvaluationSet, view: View, batch_size: int, workers: int) -
 
 def _folders(given: list[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
-    for one in given:
-        name, _, folder = one.partition("=")
+    for option in given:
+        name, _, folder = option.partition("=")
         if not folder or name in folders:
-            raise refuse("--data", one, f"NAME=FOLDER, each name once: {', '.join(SETS)}", "correct it")
+            raise refuse("--data", option, f"NAME=FOLDER, each name once: {', '.join(SETS)}", "correct it")
         folders[name] = Path(folder).expanduser()
     return folders
 
@@ -186,9 +186,9 @@ def evaluate_checkpoint(given: argparse.Namespace) -> None:
     for score in scores:
         if score.unreadable:
             print(f"--data {score.name}: {len(score.unreadable)} unreadable: {some(score.unreadable)}", file=sys.stderr)
-    found = score_table(scores, _announced(given.model))
-    print(shown(found))
-    write_csv(given.csv, found.assign(model=given.model, checkpoint=given.checkpoint.name, size=view.size, crop=view.crop))
+    frame = score_table(scores, _announced(given.model))
+    print(shown(frame))
+    write_csv(given.csv, frame.assign(model=given.model, checkpoint=given.checkpoint.name, size=view.size, crop=view.crop))
 
 
 def main() -> None:

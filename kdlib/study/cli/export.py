@@ -43,8 +43,8 @@ def export(experiment: Experiment, run: tuple[str, str, int], folder: Path) -> N
     Adapters and banks of the method are not in it. Raises ``Refused`` for a run that is not there or diverged.
     """
     comparison = run[0]
-    found, metrics = _finished(experiment, run)
-    student = experiment.student(comparison, found)
+    source, metrics = _finished(experiment, run)
+    student = experiment.student(comparison, source)
     channels, size = student.mean.shape[1], student.size
     arguments = {"num_classes": student.shape.classes, "in_chans": channels}
     if getattr(student.net, "pretrained_cfg", {}).get("fixed_input_size"):
@@ -58,7 +58,7 @@ def export(experiment: Experiment, run: tuple[str, str, int], folder: Path) -> N
     student.net.cpu().to(memory_format=torch.contiguous_format)  # as safetensors wants them
     save_for_hf(student.net, str(folder), model_config={"pretrained_cfg": looks}, model_args=arguments, safe_serialization=True)
     write_text(
-        folder / "README.md", model_card(experiment, run, read_json(found / "run.json"), metrics, read_json(found / "environment.json"))
+        folder / "README.md", model_card(experiment, run, read_json(source / "run.json"), metrics, read_json(source / "environment.json"))
     )
 
 
@@ -69,8 +69,8 @@ def to_onnx(experiment: Experiment, run: tuple[str, str, int], path: Path) -> fl
     """
     import onnxruntime  # noqa: PLC0415 (of those who export only)
 
-    found, _ = _finished(experiment, run)
-    student = experiment.student(run[0], found)
+    source, _ = _finished(experiment, run)
+    student = experiment.student(run[0], source)
     model, data = Normalising(student).cpu().eval(), experiment.data(experiment.params.comparisons[run[0]].data)
     images = torch.rand(4, data.channels, data.size, data.size)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +127,8 @@ def model_card(
 def _by_seed(experiment: Experiment, comparison: str, variant: str, measure: str) -> dict[int, float]:
     """Of every seed whose run is there and finished."""
     folders = {seed: run_folder(experiment.root, (comparison, variant, seed)) / "metrics.json" for seed in experiment.params.study.seeds}
-    found = {seed: read_json(path) for seed, path in folders.items() if path.is_file()}
-    return {seed: metrics[measure] for seed, metrics in found.items() if measure in metrics}
+    metrics_of = {seed: read_json(path) for seed, path in folders.items() if path.is_file()}
+    return {seed: metrics[measure] for seed, metrics in metrics_of.items() if measure in metrics}
 
 
 def _finished(experiment: Experiment, run: tuple[str, str, int]) -> tuple[Path, dict[str, Any]]:

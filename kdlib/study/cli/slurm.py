@@ -66,8 +66,8 @@ def submit_job(root: Path, asked: Asked) -> str:
             job = executor.submit(NodeTask(root, folder))
     except (FailedJobError, FailedSubmissionError) as error:
         shutil.rmtree(folder, ignore_errors=True)  # submitit leaves there what it would have begun
-        said = " ".join(str(error).replace("sbatch: error: ", "").split())
-        raise Refused(f"sbatch: found {said!r}; allowed: what this cluster grants; `sinfo` shows its partitions and their limits") from None
+        why = " ".join(str(error).replace("sbatch: error: ", "").split())
+        raise Refused(f"sbatch: found {why!r}; allowed: what this cluster grants; `sinfo` shows its partitions and their limits") from None
     return (
         f"job {job.job_id}: {_state(job.job_id)}\n"
         f"What it says: {job.paths.stdout} (nothing there once it runs: its machine does not see this folder)\n"

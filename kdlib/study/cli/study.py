@@ -64,9 +64,9 @@ def plan(root: Path, steps: int) -> None:
     outlook = Outlook(Experiment(root), steps)
     rows = outlook.rows()
     write_csv(root / PLAN, table.frame(rows))
-    notes = table.notes(rows, outlook.where, steps, outlook.machine.together, outlook.assumed)
+    notes = table.notes(rows, outlook.where, steps, outlook.processes, outlook.assumed)
     print(table.screen(rows, outlook.device.type == "cuda"), *notes, f"the same as CSV: {root / PLAN}", sep="\n")
-    check_disk(total([row.forecast for row in rows]), shutil.disk_usage(project(root)).free)
+    check_disk(total(rows), shutil.disk_usage(project(root)).free)
 
 
 def run_study(root: Path) -> None:

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -25,7 +26,7 @@ from kdlib.losses import METHODS
 from kdlib.models.build import build
 from kdlib.parallel.placement import Placement
 from kdlib.parallel.workers import side_by_side
-from kdlib.study.cost.estimate import Forecast, Machine, Row, forecast, largest_group
+from kdlib.study.cost.estimate import Row, forecast, largest_group
 from kdlib.study.cost.synthetic_data import Facts, facts, imagined
 from kdlib.study.training.checks import check_against_data
 from kdlib.study.training.experiment import PLAIN, Experiment
@@ -59,8 +60,13 @@ class Work:
     shared: int = 0  # runs that are left out, since an earlier comparison makes them
 
     @property
+    def groups(self) -> list[Group]:
+        """Of all stages."""
+        return [group for stage in self.stages for group in stage]
+
+    @property
     def runs(self) -> int:
-        return sum(len(kind.methods) for stage in self.stages for kind, _ in stage)
+        return sum(len(kind.methods) for kind, _ in self.groups)
 
 
 def distilling(experiment: Experiment, name: str, planned: Runs) -> Work:
@@ -73,11 +79,11 @@ def distilling(experiment: Experiment, name: str, planned: Runs) -> Work:
     asked = [([variant.method for variant in trials_of(comparison, params)], [sweep.seed])] if sweep else []
     asked.append(([*comparison.methods, *(sweep.grids if sweep else ())], params.study.seeds))
     kind = Kind(comparison.data, comparison.teacher, comparison.student, None, comparison.recipe, (), 1)
-    made = Work(kind, [_stage(experiment.schedule, kind, methods, seeds) for methods, seeds in asked if methods])
+    whole = Work(kind, [_stage(experiment.schedule, kind, methods, seeds) for methods, seeds in asked if methods])
     if sweep:
-        return made
-    left = Work(kind, [_unplanned(params, comparison, stage, planned) for stage in made.stages])
-    return replace(left, shared=made.runs - left.runs)
+        return whole
+    left = Work(kind, [_unplanned(params, comparison, stage, planned) for stage in whole.stages])
+    return replace(left, shared=whole.runs - left.runs)
 
 
 def _unplanned(params: Params, comparison: Comparison, stage: list[Group], planned: Runs) -> list[Group]:
@@ -95,8 +101,7 @@ def _unplanned(params: Params, comparison: Comparison, stage: list[Group], plann
 
 def _stage(schedule: Placement, kind: Kind, methods: list[str], seeds: list[int]) -> list[Group]:
     groups = schedule.groups(methods, seeds)
-    its = _threads(schedule, len(groups))
-    return [(replace(kind, methods=tuple(share), threads=its), seed) for share, seed in groups]
+    return [(replace(kind, methods=tuple(share), threads=_threads(schedule, len(groups))), seed) for share, seed in groups]
 
 
 def teaching(experiment: Experiment, name: str) -> Work:
@@ -118,22 +123,18 @@ class Outlook:
 
     def __init__(self, experiment: Experiment, steps: int) -> None:
         self.params, self.steps, self.device, self.cores = experiment.params, steps, experiment.device, experiment.schedule.cores
-        launch = self.params.study.launch
-        self.machine = Machine(self.cores, launch.processes * launch.nodes)
-        found = {name: facts(name, source, experiment.root / DATA / name) for name, source in self.params.data.items()}
-        self.facts = {name: one for name, one in found.items() if one}
-        listed = [name for name, one in self.facts.items() if self.params.data[name].source == "originals" and not one.assumed]
-        self.listed = {name: load(experiment.root / DATA / name) for name in listed}
-        for one in self.facts.values():
-            check_against_data(self.params, imagined(one))
+        self.processes = self.params.study.launch.processes * self.params.study.launch.nodes  # that train one run together
+        folders = {name: experiment.root / DATA / name for name in self.params.data}
+        known = {name: facts(name, source, folders[name]) for name, source in self.params.data.items()}
+        self.facts = {name: of for name, of in known.items() if of}
+        self.assumed = [name for name, of in self.facts.items() if of.assumed]  # nobody has counted their images yet
+        listed = [name for name in self.facts if self.params.data[name].source == "originals" and name not in self.assumed]
+        self.listed = {name: load(folders[name]) for name in listed}
+        for of in self.facts.values():
+            check_against_data(self.params, imagined(of))
         self.work = {f"teachers.{name}": teaching(experiment, name) for name, item in self.params.teachers.items() if not item.checkpoint}
         planned: Runs = set()
         self.work |= {f"comparisons.{name}": distilling(experiment, name, planned) for name in self.params.comparisons}
-
-    @property
-    def assumed(self) -> list[str]:
-        """Data sets whose images nobody has counted yet, and which are taken to be ImageNet."""
-        return [name for name, one in self.facts.items() if one.assumed]
 
     @property
     def where(self) -> str:
@@ -145,9 +146,10 @@ class Outlook:
     def rows(self) -> list[Row]:
         """The teachers that are to be trained, then the comparisons. Raises ``Refused`` for the first that memory is too small for."""
         users: dict[Kind, str] = {}  # of each kind whose data are known the first
-        for key, its in self.work.items():
-            for kind in (kind for stage in its.stages for kind, _ in stage if kind.data in self.facts):
-                users.setdefault(kind, key)
+        for key, work in self.work.items():
+            for kind, _ in work.groups:
+                if kind.data in self.facts:
+                    users.setdefault(kind, key)
         costs = self._costs(list(users))
         if self.steps:
             for kind, key in users.items():
@@ -157,13 +159,13 @@ class Outlook:
 
     def _costs(self, kinds: list[Kind]) -> dict[Kind, Cost]:
         """Tried side by side, as they will be trained."""
-        of = functools.partial(_cost, self.params, self.facts, self.device, (self.steps, self.machine.together))
+        cost = functools.partial(_cost, self.params, self.facts, self.device, self.steps, self.processes)
         costs: dict[Kind, Cost] = {}
         print(f"tries {len(kinds)} groups of runs, of the largest nets some seconds each", file=sys.stderr, flush=True)
         for count in sorted({kind.threads for kind in kinds}):
             alike = [kind for kind in kinds if kind.threads == count]
-            told = [(f"{len(costs) + place} of {len(kinds)}", kind) for place, kind in enumerate(alike, start=1)]
-            costs |= dict(zip(alike, side_by_side(functools.partial(_told, of), told, self._beside(count)), strict=True))
+            numbered = [(f"{number} of {len(kinds)}", kind) for number, kind in enumerate(alike, start=len(costs) + 1)]
+            costs |= dict(zip(alike, side_by_side(cost, numbered, self._beside(count)), strict=True))
         return {kind: self._decoded(kind, cost) for kind, cost in costs.items()}
 
     def _decoded(self, kind: Kind, cost: Cost) -> Cost:
@@ -175,12 +177,11 @@ class Outlook:
         return replace(cost, seconds=together, decoding=seconds / cost.seconds)
 
     @functools.cache  # noqa: B019 (as long as the command)
-    def _decoding(self, data: str, recipe: str) -> float:
-        found, its = self.listed[data], self.params.recipes[recipe]
-        every = np.arange(len(found.train.labels))
-        images, labels = found.train.images, found.train.labels
-        stream = ViewStream(images, labels, every, classes=found.classes, recipe=its, hflip=found.hflip, seed=0)
-        return probe.decoding(stream, self.params.study.launch.processes, self.params.study.launch.nodes)
+    def _decoding(self, name: str, recipe: str) -> float:
+        data, launch = self.listed[name], self.params.study.launch
+        train, index, recipe_params = data.train, np.arange(len(data.train.labels)), self.params.recipes[recipe]
+        stream = ViewStream(train.images, train.labels, index, classes=data.classes, recipe=recipe_params, hflip=data.hflip, seed=0)
+        return probe.decoding(stream, launch.processes, launch.nodes)
 
     def _beside(self, count: int) -> int:
         """Processes of so many threads that train at once."""
@@ -200,15 +201,16 @@ class Outlook:
         raise too_large(kind, user, recipe.batch_size // recipe.groups, cost.peak_bytes, room, peak)
 
     def _row(self, key: str, costs: Mapping[Kind, Cost], kept: dict[object, int]) -> Row:
-        its, (section, name) = self.work[key], key.split(".")
-        about = section.removesuffix("s"), name, its.of.data, its.of.student, its.of.teacher, its.of.recipe
-        if its.of.data not in self.facts:
-            return Row(*about, Forecast(its.runs), shared=its.shared)
-        recipe = self.params.recipes[its.of.recipe]
-        steps = total_steps(recipe, self.facts[its.of.data].train_images)
-        answers, live = self._answers(name, costs, steps, kept) if its.of.teacher else (0, 0)
-        found = [[costs[kind] for kind, _ in stage] for stage in its.stages]
-        return Row(*about, forecast(found, steps * recipe.batch_size, self.machine, answers), live, its.shared)
+        work, (section, name) = self.work[key], key.split(".")
+        of = work.of
+        row = Row(section.removesuffix("s"), name, of.data, of.student, of.teacher, of.recipe, work.runs, shared=work.shared)
+        if of.data not in self.facts:
+            return row
+        recipe = self.params.recipes[of.recipe]
+        steps = total_steps(recipe, self.facts[of.data].train_images)
+        answers, live = self._answers(name, costs, steps, kept) if of.teacher else (0, 0)
+        stages = [[costs[kind] for kind, _ in stage] for stage in work.stages]
+        return replace(forecast(row, stages, steps * recipe.batch_size, self.cores, self.processes), answers_bytes=answers, live_bytes=live)
 
     def _answers(self, name: str, costs: Mapping[Kind, Cost], steps: int, kept: dict[object, int]) -> tuple[int, int]:
         """Bytes of teachers' answers that a comparison adds to those that are kept, of the same views once; and of those to one seed's
@@ -216,7 +218,7 @@ class Outlook:
         comparison, most = self.params.comparisons[name], round(1e9 * self.params.study.answers_gb)
         views = json.dumps(self.params.recipes[comparison.recipe].views(), sort_keys=True)
         added = live = 0
-        for kind, seed in (group for stage in self.work[f"comparisons.{name}"].stages for group in stage):
+        for kind, seed in self.work[f"comparisons.{name}"].groups:
             size, to = steps * costs[kind].answers_bytes, (comparison.data, comparison.fraction, comparison.teacher, views, seed)
             if size > most:
                 live = max(live, size)
@@ -238,31 +240,27 @@ def too_large(kind: Kind, user: str, group: int, needed: int | None, room: int, 
     return refuse(f"recipes.{kind.recipe}.group_size", found, f"at most {fits}, which fits into {of}", do)
 
 
-def check_disk(of: Forecast, free: int) -> None:
-    """Raises ``Refused`` if all that is written together does not fit into so many bytes."""
-    parts = {"weights": of.weights_bytes, "checkpoints": of.checkpoint_bytes, "teachers' answers": of.answers_bytes}
-    needed, answers = sum(size or 0 for size in parts.values()), of.answers_bytes or 0
+def check_disk(row: Row, free: int) -> None:
+    """Raises ``Refused`` if all that is written together, as far as it is known, does not fit into so many bytes."""
+    sizes = {"weights": row.weights_bytes, "checkpoints": row.checkpoint_bytes, "teachers' answers": row.answers_bytes}
+    sizes = {what: 0 if math.isnan(size) else size for what, size in sizes.items()}
+    needed = sum(sizes.values())
     if needed <= free:
         return
-    told = ", ".join(f"{what} {(size or 0) / 1e9:.3g} GB" for what, size in parts.items())
-    found, allowed = f"{told}: {needed / 1e9:.3g} GB", f"at most the {free / 1e9:.3g} GB that are free"
-    if needed - answers <= free:
+    found = f"{', '.join(f'{what} {size / 1e9:.3g} GB' for what, size in sizes.items())}: {needed / 1e9:.3g} GB"
+    allowed = f"at most the {free / 1e9:.3g} GB that are free"
+    if needed - sizes["teachers' answers"] <= free:
         raise refuse("study.answers_gb", found, allowed, "set it to 0, and the teacher is asked each time, or free some")
     raise refuse("study.seeds", found, allowed, "name fewer of them, or fewer methods in comparisons, or free some")
 
 
-def _cost(params: Params, known: Mapping[str, Facts], device: torch.device, of: tuple[int, int], kind: Kind) -> Cost:
-    """From (steps, processes). Keeps from the log what the engine says, which is not about a real training."""
-    with threads(kind.threads), redirect_stdout(io.StringIO()):
-        return probe.cost(*_setting(params, known[kind.data], device, kind), *of)
-
-
-def _told(of: Callable[[Kind], Cost], item: tuple[str, Kind]) -> Cost:
-    """A cost, said to be worked on: by whichever process does it."""
-    place, kind = item
+def _cost(params: Params, known: Mapping[str, Facts], device: torch.device, steps: int, processes: int, item: tuple[str, Kind]) -> Cost:
+    """Say which one is tried, by whichever process does it; keep from the log what the engine says, which is about no real training."""
+    number, kind = item
     whose = f"{kind.student} of {kind.teacher}" if kind.teacher else kind.student
-    print(f"  {place}: {whose}, {kind.recipe}, {len(kind.methods)} at once", file=sys.stderr, flush=True)
-    return of(kind)
+    print(f"  {number}: {whose}, {kind.recipe}, {len(kind.methods)} at once", file=sys.stderr, flush=True)
+    with threads(kind.threads), redirect_stdout(io.StringIO()):
+        return probe.cost(*_setting(params, known[kind.data], device, kind), steps, processes)
 
 
 @functools.lru_cache(maxsize=1)  # a large one takes seconds to make, and most groups in turn have the same

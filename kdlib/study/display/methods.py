@@ -58,8 +58,8 @@ def terms(method: Method, student: Output, teacher: Output, batch: Batch) -> Ter
     """Its loss terms with the plain hard label, as at the end of a training, where warm-ups are over; each call draws the same."""
     with torch.random.fork_rng():
         seed_torch("toy", "step")
-        found: Terms = method(student, teacher, batch, HARD["ce"], torch.ones(()))
-    return found
+        parts: Terms = method(student, teacher, batch, HARD["ce"], torch.ones(()))
+    return parts
 
 
 def looks(method: Method) -> dict[str, str]:
@@ -93,7 +93,7 @@ def method_card(name: str, parameters: Mapping[str, float]) -> str:
     """A method's equation, paper, parameters and what it looks at, as Markdown."""
     method = made(name, parameters)
     rows = looks(method) | {"params.yaml": ", ".join(f"{key} {value:g}" for key, value in parameters.items())}
-    table = "\n".join(f"| {what} | {found} |" for what, found in rows.items())
+    table = "\n".join(f"| {what} | {answer} |" for what, answer in rows.items())
     return f"## {name}\n\n{paper(name)}\n\n$${method.equation}$$\n\n| it looks at | |\n|---|---|\n{table}\n"
 
 
@@ -104,15 +104,15 @@ def paper(name: str) -> str:
 
 def values(name: str, parameters: Mapping[str, float]) -> pd.DataFrame:
     """The terms of the loss, weighted as in training, in one row."""
-    found = terms(made(name, parameters), said("student"), said("teacher"), BATCH)
-    return pd.DataFrame({key: [value.item()] for key, value in found.items()}, index=["value"]).round(4)
+    parts = terms(made(name, parameters), said("student"), said("teacher"), BATCH)
+    return pd.DataFrame({key: [value.item()] for key, value in parts.items()}, index=["value"]).round(4)
 
 
 def gradient(name: str, parameters: Mapping[str, float]) -> Output:
     """Of a method's own terms (of the hard loss where it has none) by all that the student says; zero where it does not look."""
     student = _leaves(said("student"))
-    found = terms(made(name, parameters), student, said("teacher"), BATCH)
-    own = [value for key, value in found.items() if key != "hard"] or list(found.values())
+    parts = terms(made(name, parameters), student, said("teacher"), BATCH)
+    own = [value for key, value in parts.items() if key != "hard"] or list(parts.values())
     torch.stack(own).sum().backward()
 
     def of(leaf: Tensor | None) -> Tensor:
@@ -140,11 +140,11 @@ def probabilities() -> Figure:
 
 def gradients(name: str, parameters: Mapping[str, float]) -> Figure:
     """``gradient`` as heat maps: of logits and embedding with sign, of a stage its size over the channels, for the first image."""
-    found = gradient(name, parameters)
-    flat = {"logits": found.logits, "embedding": found.embedding}
+    slopes = gradient(name, parameters)
+    flat = {"logits": slopes.logits, "embedding": slopes.embedding}
     stages = {
         f"{what}\nstage {i + 1}, image 1": stage
-        for what, part in (("maps", found.maps), ("preactivations", found.preactivations))
+        for what, part in (("maps", slopes.maps), ("preactivations", slopes.preactivations))
         for i, stage in enumerate(part or ())
     }
     shown = [(what, part) for what, part in (flat | stages).items() if part is not None and part.abs().max() > 0]

@@ -103,10 +103,10 @@ def training_curves(named: Mapping[str, Path]) -> Figure:
 
 def describe_run(folder: Path) -> pd.DataFrame:
     """All that a run says of itself: what it was, then what came of it (shares in [0, 1], nats; validation split / test split)."""
-    found = read_json(folder / "run.json") | read_json(folder / "metrics.json")
-    names = [key.removeprefix("val_") for key in found if key.startswith("val_")]
-    pairs = {name: " / ".join(f"{found[key]:.4f}" for key in (f"val_{name}", f"test_{name}") if key in found) for name in names}
-    summary = {key: _short(value) for key, value in found.items() if value is not None and not key.startswith(("val_", "test_"))}
+    record = read_json(folder / "run.json") | read_json(folder / "metrics.json")
+    names = [key.removeprefix("val_") for key in record if key.startswith("val_")]
+    pairs = {name: " / ".join(f"{record[key]:.4f}" for key in (f"val_{name}", f"test_{name}") if key in record) for name in names}
+    summary = {key: _short(value) for key, value in record.items() if value is not None and not key.startswith(("val_", "test_"))}
     return pd.DataFrame({"/".join(folder.parts[-3:]): summary | pairs}, dtype=object)
 
 
@@ -114,10 +114,10 @@ def measures_of_runs(named: Mapping[str, Path], split: str = "val") -> pd.DataFr
     """One row for each named run: how it ended, its training loss in the last epoch, and its measures on a split."""
     rows = {}
     for name, folder in named.items():
-        found = read_json(folder / "metrics.json")
+        metrics = read_json(folder / "metrics.json")
         loss = pd.read_csv(folder / "curve.csv")["loss"].iloc[-1:]
-        of_split = {key.removeprefix(f"{split}_"): value for key, value in found.items() if key.startswith(f"{split}_")}
-        rows[name] = {"status": found["status"], "training loss": next(iter(loss), None)} | of_split
+        of_split = {key.removeprefix(f"{split}_"): value for key, value in metrics.items() if key.startswith(f"{split}_")}
+        rows[name] = {"status": metrics["status"], "training loss": next(iter(loss), None)} | of_split
     return pd.DataFrame.from_dict(rows, orient="index").round(4)
 
 
@@ -149,9 +149,9 @@ def by_class(data: DataSet, predictions: pd.DataFrame) -> pd.DataFrame:
     right = {f"{who}_top1": predictions[who] == predictions["label"] for who in ("teacher", "student")}
     agree = predictions["teacher"] == predictions["student"]
     groups = predictions.assign(**right, agreement=agree).groupby("label")
-    found = groups[[*right, "agreement"]].mean().assign(images=groups.size())
-    found.index = pd.Index([data.class_names[label] for label in found.index], name="class")
-    return found.sort_values("agreement", kind="stable").round(4)
+    frame = groups[[*right, "agreement"]].mean().assign(images=groups.size())
+    frame.index = pd.Index([data.class_names[label] for label in frame.index], name="class")
+    return frame.sort_values("agreement", kind="stable").round(4)
 
 
 def _splits(data: DataSet) -> dict[str, Any]:

@@ -93,19 +93,19 @@ def headline(params: Params, numbers: Numbers, figures: Collection[str]) -> str:
     ``figures``: what lies in results/figures. Raises ``Refused`` when the study has nothing for its first table.
     """
     first = params.study.tables[0]
-    found = TABLES[first].tables(params, numbers)
-    if not found:
+    tables = TABLES[first].tables(params, numbers)
+    if not tables:
         raise refuse("study.tables", first, "first a table that the comparisons have something for", "put another one first")
     sentences = [sentence for name in params.study.tables for sentence in TABLES[name].sentences(params, numbers.runs)]
-    figure = f"results/figures/{found[0].name}.png" if found[0].name in figures else None
-    return readme_block(params, sentences, found[0], figure)
+    figure = f"results/figures/{tables[0].name}.png" if tables[0].name in figures else None
+    return readme_block(params, sentences, tables[0], figure)
 
 
 def metrics_summary(runs: pd.DataFrame) -> dict[str, dict[str, float]]:
     """comparison -> method -> mean test top-1 of the finished runs, for ``dvc metrics``; a method without one is left out."""
-    found: dict[str, dict[str, float]] = {}
+    means: dict[str, dict[str, float]] = {}
     students = runs[~runs["trial"]]
     for comparison, variant in dict.fromkeys(zip(students["comparison"], students["variant"], strict=True)):
         if values := by_seed(students, comparison, variant):
-            found.setdefault(str(comparison), {})[str(variant)] = round(statistics.fmean(values.values()), 6)
-    return found
+            means.setdefault(str(comparison), {})[str(variant)] = round(statistics.fmean(values.values()), 6)
+    return means

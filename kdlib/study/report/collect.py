@@ -56,9 +56,9 @@ def collect(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
     for run in expected:
         folder = run_folder(root, run)
         row = read_json(folder / "run.json") | read_json(folder / "metrics.json")
-        found = (row["comparison"], row["variant"], row["seed"])
-        if found != run:
-            raise Refused(f"{folder / 'run.json'}: found run {found}; allowed: {run}; the folder was moved: delete it and run `dvc repro`")
+        name = (row["comparison"], row["variant"], row["seed"])
+        if name != run:
+            raise Refused(f"{folder / 'run.json'}: found run {name}; allowed: {run}; the folder was moved: delete it and run `dvc repro`")
         rows.append(row | {"parameters": json.dumps(row["parameters"], separators=(",", ":"))})
     return pd.DataFrame(rows, columns=COLUMNS).astype(_TYPES).round(6)
 

@@ -95,24 +95,24 @@ def ordered(params: Params) -> list[str]:
 
 def contests(params: Params) -> dict[tuple[str, str, str], dict[tuple[str, float], str]]:
     """(data, teacher, student) -> (recipe, fraction) -> the comparison that pits challengers against the baseline there."""
-    found: dict[tuple[str, str, str], dict[tuple[str, float], str]] = {}
+    settings: dict[tuple[str, str, str], dict[tuple[str, float], str]] = {}
     for name in ordered(params):
         item = params.comparisons[name]
         if params.study.baseline in item.methods and _challengers(params, item):
-            found.setdefault((item.data, item.teacher, item.student), {}).setdefault((item.recipe, item.fraction), name)
-    return found
+            settings.setdefault((item.data, item.teacher, item.student), {}).setdefault((item.recipe, item.fraction), name)
+    return settings
 
 
 def hard_labels(params: Params) -> list[dict[str, str]]:
     """Comparisons that differ in the hard label's loss alone: loss -> comparison, in params.yaml's order of the recipes."""
-    found: dict[tuple[object, ...], dict[str, str]] = {}
+    groups: dict[tuple[object, ...], dict[str, str]] = {}
     for name in ordered(params):
         item = params.comparisons[name]
         recipe = params.recipes[item.recipe]
         rest = (item.data, item.teacher, item.student, item.fraction, recipe.model_dump_json(exclude={"hard_loss"}))
         if item.methods:
-            found.setdefault(rest, {}).setdefault(recipe.hard_loss, name)
-    return [group for group in found.values() if len(group) > 1]
+            groups.setdefault(rest, {}).setdefault(recipe.hard_loss, name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def in_all(params: Params, comparisons: Iterable[str]) -> list[str]:

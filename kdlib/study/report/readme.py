@@ -42,13 +42,13 @@ def ranked(params: Params, runs: pd.DataFrame) -> list[str]:
         recipe = params.comparisons[names[0]].recipe
         for name in names:
             found = [row for row in rows if row["question"] == "lead" and row["comparison"] == name]
-            told = _by_verdict(found, ("better", "worse", "inconclusive"))
-            sentences.append(f"- recipe {recipe}, {found[0]['scale']}, against {params.study.baseline}: {told}.")
+            verdicts = _by_verdict(found, ("better", "worse", "inconclusive"))
+            sentences.append(f"- recipe {recipe}, {found[0]['scale']}, against {params.study.baseline}: {verdicts}.")
         found = [row for row in rows if row["question"] == "scale" and row["comparison"] == f"{names[0]} minus {names[-1]}"]
         if found:
             where = f"recipe {recipe}, {ends(params, names)}".replace(" minus ", " → ")
-            told = _by_verdict(found, ("shrinks", "grows", "inconclusive"))
-            sentences.append(f"- {where}, the lead over {params.study.baseline}: {told}.")
+            verdicts = _by_verdict(found, ("shrinks", "grows", "inconclusive"))
+            sentences.append(f"- {where}, the lead over {params.study.baseline}: {verdicts}.")
     return sentences
 
 
@@ -58,8 +58,8 @@ def labelled(params: Params, runs: pd.DataFrame) -> list[str]:
     for row in _on_headline(params, runs):
         if row["question"] == "hard label":
             new, old = (params.recipes[recipe].hard_loss for recipe in row["recipe"].split(" minus "))
-            said = f"hard label {new} against {old}: {_last(row, '**' + row['verdict'] + '**')}"
-            sentences.append(f"- {row['method']}, {row['scale']}: {said}")
+            verdict = f"hard label {new} against {old}: {_last(row, '**' + row['verdict'] + '**')}"
+            sentences.append(f"- {row['method']}, {row['scale']}: {verdict}")
     return sentences
 
 
@@ -70,10 +70,10 @@ def _on_headline(params: Params, runs: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _by_verdict(rows: list[dict[str, Any]], order: tuple[str, ...]) -> str:
     """Methods by verdict, the furthest ahead first; ``diverged`` for those without one, of which no seed's loss stayed finite."""
-    found: dict[str, list[str]] = {verdict: [] for verdict in (*order, "")}
+    methods: dict[str, list[str]] = {verdict: [] for verdict in (*order, "")}
     for row in sorted(rows, key=lambda row: -row["mean"] if row["n"] else 0.0):
-        found[row["verdict"]].append(row["method"])
-    return "; ".join(f"**{verdict or 'diverged'}** {', '.join(names)}" for verdict, names in found.items() if names)
+        methods[row["verdict"]].append(row["method"])
+    return "; ".join(f"**{verdict or 'diverged'}** {', '.join(names)}" for verdict, names in methods.items() if names)
 
 
 def _change(row: dict[str, Any], leading: dict[tuple[str, str], dict[str, Any]]) -> str:
@@ -108,8 +108,8 @@ def insert_between_markers(text: str, block: str, name: str) -> str:
     Raises ``Refused`` unless each marker is there once, in this order.
     """
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    found = (text.count(begin), text.count(end))
-    if found != (1, 1) or text.index(begin) > text.index(end):
-        raise Refused(f"README.md: found {found[0]} x {begin} and {found[1]} x {end}; allowed: each once, in this order; put them back")
+    counts = (text.count(begin), text.count(end))
+    if counts != (1, 1) or text.index(begin) > text.index(end):
+        raise Refused(f"README.md: found {counts[0]} x {begin} and {counts[1]} x {end}; allowed: each once, in this order; put them back")
     before, rest = text.split(begin)
     return f"{before}{begin}\n\n{block.strip()}\n\n{end}{rest.split(end)[1]}"

@@ -84,9 +84,9 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def estimate_columns(found: stats.Estimate) -> dict[str, object]:
+def estimate_columns(estimate: stats.Estimate) -> dict[str, object]:
     """An estimate as columns of a tidy frame."""
-    return {"mean": found.mean, "low": found.low, "high": found.high, "n": found.n, "seeds": " ".join(map(str, found.seeds))}
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.n, "seeds": " ".join(map(str, estimate.seeds))}
 
 
 def measured(row: Mapping[str, Any], *, percent: bool = True, sign: bool = False) -> str:

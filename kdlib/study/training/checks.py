@@ -134,14 +134,14 @@ def _check_users(params: Params, data: str, shape: Shape) -> None:
 
 
 def _check_model(key: str, name: str, shape: Shape, drop_path: float) -> OutputShape:
-    found = _answers(name, *shape, drop_path)
-    if isinstance(found, str):
-        raise Refused(f"{FILE}: {key}: {found}")
-    return found
+    shape_or_reason = _shape_or_reason(name, *shape, drop_path)
+    if isinstance(shape_or_reason, str):
+        raise Refused(f"{FILE}: {key}: {shape_or_reason}")
+    return shape_or_reason
 
 
 @cache  # many comparisons share a student, and a large model takes seconds to build
-def _answers(name: str, classes: int, channels: int, size: int, drop_path: float) -> OutputShape | str:
+def _shape_or_reason(name: str, classes: int, channels: int, size: int, drop_path: float) -> OutputShape | str:
     """The shape of a model's answers, or why it cannot be had, as "found ...; allowed: ...; what to do"."""
     try:
         return build(name, classes, channels, size, drop_path).shape

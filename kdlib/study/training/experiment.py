@@ -87,10 +87,10 @@ class Experiment:
         check_against_data(self.params, data)
         folder = self.root / TEACHERS / name
         if teacher.checkpoint is None:
-            found = self.store.run(self.schedule.run_together(functools.partial(self._train_teacher, name)).fingerprint)
+            folder_of_run = self.store.run(self.schedule.run_together(functools.partial(self._train_teacher, name)).fingerprint)
         else:
-            found = self._import_checkpoint(name, data)
-        metrics = read_json(found / "metrics.json")
+            folder_of_run = self._import_checkpoint(name, data)
+        metrics = read_json(folder_of_run / "metrics.json")
         if metrics["status"] != "finished":
             what = f"diverged at step {metrics['diverged_step']}"
             raise refuse(f"teachers.{name}", what, "a teacher whose loss stays finite", metrics["diverged_cause"])
@@ -102,8 +102,8 @@ class Experiment:
                 f"at most the top-1 of {top1:.4f} that this teacher reaches on the test split",
                 "train it longer or with more data, choose a stronger model, or demand less of it",
             )
-        write_json(folder / "run.json", {"teacher": name, **teacher.model_dump(), "fingerprint": found.name})
-        self.store.export(found.name, folder)
+        write_json(folder / "run.json", {"teacher": name, **teacher.model_dump(), "fingerprint": folder_of_run.name})
+        self.store.export(folder_of_run.name, folder)
         return metrics
 
     def teacher(self, name: str) -> tuple[Teacher, str]:

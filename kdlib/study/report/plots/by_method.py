@@ -37,10 +37,10 @@ def _leads(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list
     rows = _rows(kinds[kinds["method"].isin(ahead["method"])])
     figure, axes = panels(1, len(names), (4.6, 1.5 + 0.27 * len(rows)), sharey=True)
     for panel, name in zip(axes[0], names, strict=True):
-        found = {row["method"]: row for row in records(ahead[ahead["comparison"] == name])}
+        row_of = {row["method"]: row for row in records(ahead[ahead["comparison"] == name])}
         for place, (kind, method) in enumerate(rows):
-            if method in found:
-                _lead(panel, place, found[method], _looks(kinds)[kind])
+            if method in row_of:
+                _lead(panel, place, row_of[method], _looks(kinds)[kind])
         panel.axvline(0, color="0.35", linewidth=1)
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
         panel.set(xlabel=f"lead over {params.study.baseline} (points of test top-1)", title=_scale(params, runs, name))
@@ -82,10 +82,10 @@ def _lead(panel: Axes, place: int, row: dict[str, Any], look: dict[str, Any]) ->
 
 
 def _accuracy(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
-    found = {name: _points(params, runs, timing, name) for name in names}
+    points_of = {name: _points(params, runs, timing, name) for name in names}
     looks = _looks(costs(params, runs, timing, names[-1]))
     figure, axes = panels(1, len(names), (5.4, 5.2))
-    for panel, (name, points) in zip(axes[0], found.items(), strict=True):
+    for panel, (name, points) in zip(axes[0], points_of.items(), strict=True):
         for row in records(points):
             look = looks[row["looks_at"]]
             fill = look["color"] if row["together"] else "white"
@@ -96,15 +96,15 @@ def _accuracy(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: l
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set(xlabel=f"time per step, relative to {params.study.baseline}", title=_scale(params, runs, name))
     _same_width(list(axes[0]))
-    for panel, points in zip(axes[0], found.values(), strict=True):
+    for panel, points in zip(axes[0], points_of.values(), strict=True):
         _label(panel, {row["method"]: (row["time"], row["top1"]) for row in records(points)})
     axes[0, 0].set_ylabel("test top-1 (%)")
     keys = [Line2D([], [], linestyle="", **look) for look in looks.values()]
     figure.legend(keys, list(looks), loc="outside lower center", ncols=3, title="looks at")
     figure.suptitle(
         f"Accuracy against cost: mean and {100 * params.study.confidence:g} % t interval over seeds, "
-        f"{tell_n(pd.concat(list(found.values()))['n'])};\ntime: mean of the ratios paired by seed, on the machine of this study"
-        + ("" if all(points["together"].all() for points in found.values()) else " (hollow: not trained in turns)")
+        f"{tell_n(pd.concat(list(points_of.values()))['n'])};\ntime: mean of the ratios paired by seed, on the machine of this study"
+        + ("" if all(points["together"].all() for points in points_of.values()) else " (hollow: not trained in turns)")
     )
     return figure
 

@@ -31,10 +31,8 @@ def plot_data_scale(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -
     paper = published.figure1(numbers)
     _bars(axes[0, -1], paper[paper["method"].isin(params.study.challengers)], params)
     axes[0, 0].set_ylabel(f"lead over {baseline} (points of test top-1)")
-    told = tell_n(ahead["n"])
-    figure.suptitle(
-        f"Lead over {baseline} by data scale: mean and {100 * params.study.confidence:g} % paired t interval over seeds, {told}"
-    )
+    n = tell_n(ahead["n"])
+    figure.suptitle(f"Lead over {baseline} by data scale: mean and {100 * params.study.confidence:g} % paired t interval over seeds, {n}")
     return figure
 
 
@@ -112,8 +110,8 @@ def plot_accuracies(params: Params, runs: pd.DataFrame, data: str) -> Figure:
     same_height(axes[0])
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles[: len(methods)], names[: len(methods)], loc="outside right upper")
-    told = tell_n(rows.groupby(["comparison", "method"]).size())
-    figure.suptitle(f"Accuracy by scale and method: a dot is one seed, a line the mean, {told}")
+    n = tell_n(rows.groupby(["comparison", "method"]).size())
+    figure.suptitle(f"Accuracy by scale and method: a dot is one seed, a line the mean, {n}")
     return figure
 
 

@@ -24,8 +24,8 @@ def colours(params: Params) -> dict[str, tuple[float, float, float]]:
     """Method that the study trains -> colour (seaborn's colour-blind-safe palette of ten); a tuned method has its method's."""
     trained = {name for item in params.comparisons.values() for name in (*item.methods, *(item.sweep.grids if item.sweep else ()))}
     names = [name for name in params.methods if name in trained]
-    found = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
-    return found | {f"{name}_tuned": colour for name, colour in found.items()}
+    palette = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    return palette | {f"{name}_tuned": colour for name, colour in palette.items()}
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:

@@ -17,10 +17,10 @@ def plot_grids(params: Params, runs: pd.DataFrame, comparison: str) -> Figure:
     """Validation top-1 of every trial of a sweep, one heat map per method on one colour scale; the chosen point is framed."""
     item = params.comparisons[comparison]
     sweep = sweeps(params)[comparison]
-    found = {method: grid(params, runs, comparison, method) for method in sweep.grids}
-    values = 100 * pd.concat([frame["val_top1"] for frame in found.values()])
-    figure, axes = panels(1, len(found), (4.6, 3.8))
-    for panel, (method, frame) in zip(axes[0], found.items(), strict=True):
+    trials = {method: grid(params, runs, comparison, method) for method in sweep.grids}
+    values = 100 * pd.concat([frame["val_top1"] for frame in trials.values()])
+    figure, axes = panels(1, len(trials), (4.6, 3.8))
+    for panel, (method, frame) in zip(axes[0], trials.items(), strict=True):
         *first, last = sweep.grids[method]
         rows = [", ".join(f"{row[axis]:g}" for axis in first) for row in records(frame)]
         wide = frame.assign(row=rows, top1=100 * frame["val_top1"]).pivot(index="row", columns=last, values="top1")

@@ -72,9 +72,9 @@ def _ratios(method: pd.DataFrame, baseline: pd.DataFrame) -> tuple[bool, stats.B
 
 def method_tables(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, numbers: pd.DataFrame, teachers: pd.DataFrame) -> list[Table]:
     """A table for each pair of models and each recipe of the headline; one row per method, those that look at the same thing together."""
-    paper, estimate_columns = published.strategies(numbers), dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
+    paper, top1_of_teacher = published.strategies(numbers), dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
     return [
-        _methods(params, runs, timing, paper, estimate_columns, names, called("methods", i, names))
+        _methods(params, runs, timing, paper, top1_of_teacher, names, called("methods", i, names))
         for i, names in enumerate(by_scale(params))
     ]
 
@@ -144,12 +144,12 @@ def _mebibytes(size: Any) -> str:
 def _settings(paper: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """("A2, 300 epochs", its rows) for each published recipe; with the models, where there are several pairs of them."""
     several = len(paper[["teacher", "student"]].drop_duplicates()) > 1
-    found = []
+    settings = []
     for _, part in paper.groupby(["recipe", "epochs", "teacher", "student"], sort=False, dropna=False):
         row = records(part)[0]
         how = [row["recipe"], *([] if pd.isna(row["epochs"]) else [f"{row['epochs']} epochs"])]
-        found.append((", ".join([*how, *([f"{row['teacher']} → {row['student']}"] if several else [])]), part))
-    return found
+        settings.append((", ".join([*how, *([f"{row['teacher']} → {row['student']}"] if several else [])]), part))
+    return settings
 
 
 def _caption(params: Params, names: list[str], paper: pd.DataFrame) -> str:

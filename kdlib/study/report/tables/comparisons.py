@@ -48,7 +48,7 @@ def data_scale_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) 
         cells.setdefault(place, {})[row["method"]] = number(100 * row["mean"], 2, sign=True)
     challengers = [name for name in params.study.challengers if name != params.study.baseline]
     shown = pd.DataFrame(
-        [[*place, *(found.get(name, "") for name in challengers), source] for (*place, source), found in cells.items()],
+        [[*place, *(texts.get(name, "") for name in challengers), source] for (*place, source), texts in cells.items()],
         columns=["data set", "recipe", "training images", *(f"{name} minus {params.study.baseline}" for name in challengers), "source"],
     )
     caption = (
@@ -76,9 +76,9 @@ def accuracies(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
         item = params.comparisons[name]
         where = {key: getattr(item, key) for key in ("data", "recipe", "fraction", "teacher", "student")}
         for method in item.methods:
-            found = stats.estimate(by_seed(runs, name, method), params.study.confidence)
+            estimate = stats.estimate(by_seed(runs, name, method), params.study.confidence)
             rows.append(
-                {"comparison": name, **where, "train_images": train_images(runs, name), "method": method, **estimate_columns(found)}
+                {"comparison": name, **where, "train_images": train_images(runs, name), "method": method, **estimate_columns(estimate)}
             )
     return pd.DataFrame(rows)
 
@@ -99,9 +99,9 @@ def recipes_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, tea
     cells: Cells = {}
     for row in records(ours):
         place = (row["data"], row["recipe"], scale(row["fraction"], row["train_images"]), f"{row['teacher']} → {row['student']}", HERE)
-        found = cells.setdefault(place, {"teacher": number(100 * teacher[row["teacher"]]) if row["teacher"] in teacher else ""})
+        texts = cells.setdefault(place, {"teacher": number(100 * teacher[row["teacher"]]) if row["teacher"] in teacher else ""})
         against = row["baseline"]
-        found[row["method"] if pd.isna(against) else f"{row['method']} minus {against}"] = measured(row) if pd.isna(against) else lead(row)
+        texts[row["method"] if pd.isna(against) else f"{row['method']} minus {against}"] = measured(row) if pd.isna(against) else lead(row)
     places = ["data", "teacher", "student", "recipe", "epochs"]
     for _, part in paper.groupby(places, sort=False, dropna=False):
         row = records(part)[0]
@@ -111,7 +111,7 @@ def recipes_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, tea
     methods = [name for name in params.methods if name in set(ours["method"])]
     columns = ["teacher", *methods, *(f"{name} minus {params.study.baseline}" for name in params.study.challengers if name in methods)]
     shown = pd.DataFrame(
-        [[*place, *(found.get(column, "") for column in columns), source] for (*place, source), found in cells.items()],
+        [[*place, *(texts.get(column, "") for column in columns), source] for (*place, source), texts in cells.items()],
         columns=["data set", "recipe", "training images", "teacher → student", *columns, "source"],
     )
     caption = (
@@ -129,8 +129,8 @@ def measures_table(params: Params, runs: pd.DataFrame) -> Table:
     for name in ordered(params):
         for variant in dict.fromkeys(students.loc[students["comparison"] == name, "variant"]):
             for measure in collect.MEASURES:
-                found = stats.estimate(by_seed(students, name, variant, f"test_{measure}"), params.study.confidence)
-                rows.append({"comparison": name, "method": variant, "measure": measure, **estimate_columns(found)})
+                estimate = stats.estimate(by_seed(students, name, variant, f"test_{measure}"), params.study.confidence)
+                rows.append({"comparison": name, "method": variant, "measure": measure, **estimate_columns(estimate)})
     cells: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         cells.setdefault((row["comparison"], row["method"]), []).append(measured(row, percent=row["measure"] not in _NATS))

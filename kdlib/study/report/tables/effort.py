@@ -46,7 +46,7 @@ def _grid(params: Params, runs: pd.DataFrame, comparison: str, method: str) -> T
         cell = number(100 * row["val_top1"]) if row["status"] == "finished" else row["status"]
         cells.setdefault(tuple(row[axis] for axis in first), {})[row[last]] = cell + (" (chosen)" if row["chosen"] else "")
     shown = pd.DataFrame(
-        [[*(f"{value:g}" for value in place), *(found.get(value, "") for value in values)] for place, found in cells.items()],
+        [[*(f"{value:g}" for value in place), *(texts.get(value, "") for value in values)] for place, texts in cells.items()],
         columns=[*first, *(f"{last} {value:g}" for value in values)],
     )
     caption = (
@@ -72,10 +72,10 @@ def tuning_table(params: Params, runs: pd.DataFrame) -> Table:
             for variant in (method, f"{method}_tuned"):
                 own, home = _tuning_row(params, runs, comparison, method, variant)
                 ahead = everyone[(everyone["comparison"] == home) & (everyone["method"] == variant)]
-                found = {row["baseline"]: row for row in records(ahead) if row["question"] in ("lead", "tuning")}
-                rows += [own, *({**own, **found[name]} for name in against if name in found)]
+                versus = {row["baseline"]: row for row in records(ahead) if row["question"] in ("lead", "tuning")}
+                rows += [own, *({**own, **versus[name]} for name in against if name in versus)]
                 place = [own["data"], f"{own['recipe']}, {100 * own['fraction']:g} %", variant, own["parameters"], str(own["trials"])]
-                shown.append([*place, measured(own), *(lead(found[name]) if name in found else "" for name in against)])
+                shown.append([*place, measured(own), *(lead(versus[name]) if name in versus else "" for name in against)])
     columns = ["comparison", "data", "recipe", "fraction", "method", "parameters", "trials", "trial_seed", "baseline"]
     frame = pd.DataFrame(rows, columns=[*columns, "mean", "low", "high", "n", "seeds", "p_holm", "verdict"])
     heads = ["data set", "recipe, images", "method", "parameters", "trials", "test top-1", *(f"minus {name}" for name in against)]

@@ -30,10 +30,10 @@ def reproduction_table(planned: Params, runs: pd.DataFrame, teachers: pd.DataFra
         for name in users.get(place, [""]):
             settings = planned.study.published[name].settings if name else ""
             method = _method(planned, runs, row)
-            found = stats.estimate(_ours(planned, runs, teachers, name, {**row, "method": method}), planned.study.confidence)
-            gap = found.mean - row["value"] / 100 if row["metric"] in _SHARES else math.nan
-            verdict = _verdict(found, row, settings) if method in (row["method"], alone(runs)) else ""
-            rows.append({**row, "comparison": name, "settings": settings, "gap": gap, "verdict": verdict, **estimate_columns(found)})
+            estimate = stats.estimate(_ours(planned, runs, teachers, name, {**row, "method": method}), planned.study.confidence)
+            gap = estimate.mean - row["value"] / 100 if row["metric"] in _SHARES else math.nan
+            verdict = _verdict(estimate, row, settings) if method in (row["method"], alone(runs)) else ""
+            rows.append({**row, "comparison": name, "settings": settings, "gap": gap, "verdict": verdict, **estimate_columns(estimate)})
     frame = pd.DataFrame(rows).astype({"n": "Int64"})
     shown = pd.DataFrame([_shown(row) for row in rows])
     caption = (
@@ -90,12 +90,12 @@ def _teacher(planned: Params, teachers: pd.DataFrame, name: str, row: dict[str, 
     return {planned.teachers[wanted].seed: float(top1[wanted])} if wanted in top1 else {}
 
 
-def _verdict(found: stats.Estimate, row: dict[str, Any], settings: str) -> str:
+def _verdict(estimate: stats.Estimate, row: dict[str, Any], settings: str) -> str:
     if settings == "assumed":
         return "assumed settings"
-    if math.isnan(found.low):
+    if math.isnan(estimate.low):
         return ""
-    return "met" if found.low <= row["value"] / 100 <= found.high else "above" if row["value"] / 100 < found.low else "below"
+    return "met" if estimate.low <= row["value"] / 100 <= estimate.high else "above" if row["value"] / 100 < estimate.low else "below"
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
