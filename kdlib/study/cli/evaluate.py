@@ -25,6 +25,7 @@ from kdlib.files import write_csv
 from kdlib.models.build import Classifier
 from kdlib.models.checkpoints import load_checkpoint
 from kdlib.parallel.progress import watched
+from kdlib.study.cli import refusals_in_one_line
 from kdlib.study.cli.evaluation_sets import SETS, Answers, EvaluationSet, open_set
 from kdlib.study.report import published
 from kdlib.study.report.render import number, pipe
@@ -203,10 +204,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that decode (default: one per core)")
     parser.add_argument("--csv", type=Path, default=Path("evaluation.csv"), help="where the table goes (default: evaluation.csv)")
-    try:
+    with refusals_in_one_line(without=f"{FILE}: "):
         evaluate_checkpoint(parser.parse_args())
-    except Refused as error:
-        sys.exit(str(error).removeprefix(f"{FILE}: "))
 
 
 if __name__ == "__main__":

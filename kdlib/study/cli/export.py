@@ -4,7 +4,6 @@ python -m kdlib.study.cli.export COMPARISON VARIANT SEED FOLDER [--onnx]    as a
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from kdlib.errors import Refused, known
 from kdlib.files import read_json, write_text
 from kdlib.models import resnet_small
 from kdlib.models.build import Classifier
+from kdlib.study.cli import refusals_in_one_line
 from kdlib.study.report import stats
 from kdlib.study.training.experiment import Experiment
 from kdlib.study.training.planned import expected_runs, run_folder
@@ -49,11 +49,8 @@ def export(experiment: Experiment, run: tuple[str, str, int], folder: Path) -> N
     arguments = {"num_classes": student.shape.classes, "in_chans": channels}
     if getattr(student.net, "pretrained_cfg", {}).get("fixed_input_size"):
         arguments["img_size"] = size
-    looks: dict[str, Any] = {
-        "input_size": [channels, size, size],
-        "mean": student.mean.flatten().tolist(),
-        "std": student.std.flatten().tolist(),
-    }
+    looks: dict[str, Any] = {"input_size": [channels, size, size]}
+    looks |= {"mean": student.mean.flatten().tolist(), "std": student.std.flatten().tolist()}
     looks |= {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "num_classes": student.shape.classes}
     student.net.cpu().to(memory_format=torch.contiguous_format)  # as safetensors wants them
     save_for_hf(student.net, str(folder), model_config={"pretrained_cfg": looks}, model_args=arguments, safe_serialization=True)
@@ -154,15 +151,13 @@ def main() -> None:
     parser.add_argument("--onnx", action="store_true", help="also write model.onnx")
     given = parser.parse_args()
     run = (given.comparison, given.variant, given.seed)
-    try:
+    with refusals_in_one_line():
         experiment = Experiment()
         export(experiment, run, given.folder)
         print(f"wrote {given.folder}: timm.create_model('local-dir:{given.folder}', pretrained=True)")
         if given.onnx:
             gap = to_onnx(experiment, run, given.folder / "model.onnx")
             print(f"wrote {given.folder / 'model.onnx'}: logits within {gap:.1g} of torch's")
-    except Refused as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from kdlib.errors import Refused, known, refuse_full_disk
 from kdlib.files import write_text
 from kdlib.parallel import progress
 from kdlib.parallel.signals import SIGNALS
+from kdlib.study.cli import refusals_in_one_line
 
 SECONDS_TO_SAVE = 8  # of the ten that clusters give at least
 LOOK_SECONDS, BUSY = 0.3, 30.0  # at what others do, and from how many percent of the cores on it counts
@@ -58,14 +59,8 @@ def describe(root: Path, title: str) -> Stage:
         body = body["do"]
     deps, params = ([_fill(text, values) for text in body.get(part, [])] for part in ("deps", "params"))
     outs = [_fill(next(iter(out)) if isinstance(out, dict) else out, values) for out in body["outs"]]
-    return Stage(
-        title,
-        name,
-        Path(next(dep for dep in deps if dep.endswith(".ipynb"))),
-        Path(next(out for out in outs if out.endswith(".ipynb"))),
-        deps,
-        params,
-    )
+    notebook, executed = (Path(next(path for path in paths if path.endswith(".ipynb"))) for paths in (deps, outs))
+    return Stage(title, name, notebook, executed, deps, params)
 
 
 def clean(source: Path, copy: Path) -> None:
@@ -216,16 +211,12 @@ def main() -> None:
     running = commands.add_parser("run")
     running.add_argument("stage")
     given = parser.parse_args()
-    try:
+    with refusals_in_one_line():
         if given.command == "clean":
             clean(given.source, given.copy)
         else:
             with refuse_full_disk():  # papermill writes too
                 run_stage(Path.cwd(), given.stage)
-    except Refused as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

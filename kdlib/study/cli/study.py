@@ -24,6 +24,7 @@ import pandas as pd
 from kdlib import config
 from kdlib.errors import FILE, Refused
 from kdlib.files import folder_bytes, read_json, write_csv, write_text
+from kdlib.study.cli import refusals_in_one_line
 from kdlib.study.cost import table
 from kdlib.study.cost.estimate import total
 from kdlib.study.report.readme import insert_between_markers
@@ -241,14 +242,10 @@ def _used(root: Path) -> set[str]:
 
 
 def _add_submit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", nargs="?")
-    parser.add_argument(
-        "--hours", type=float, required=True, metavar="H", help="at a time; a job that used them up goes on in another turn"
-    )
+    hours, gpus = "at a time; a job that used them up goes on in another turn", "on each machine: as many as study.launch.processes"
+    parser.add_argument("--hours", type=float, required=True, metavar="H", help=hours)
     parser.add_argument("--partition", metavar="P", help="without it Slurm's default")
-    parser.add_argument(
-        "--gpus", type=int, default=0, metavar="N", help="on each machine: as many as study.launch.processes; without it none"
-    )
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help=f"{gpus}; without it none")
     parser.add_argument("--cores", type=int, metavar="N", help="on each machine; without it one for each process")
     parser.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch, such as account=abc")
 
@@ -256,15 +253,13 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "join", "check", "readme"):
+    for name in ("run", "join", "submit", "check", "plan", "readme"):
         commands.add_parser(name).add_argument("study", nargs="?")
-    planning = commands.add_parser("plan")
-    planning.add_argument("study", nargs="?")
-    planning.add_argument("--steps", type=int, choices=range(1001), metavar="N", default=5)
+    commands.choices["plan"].add_argument("--steps", type=int, choices=range(1001), metavar="N", default=5)
+    _add_submit(commands.choices["submit"])
     commands.add_parser("gc").add_argument("--free", action="store_true")
-    _add_submit(commands.add_parser("submit"))
     given = parser.parse_args()
-    try:
+    with refusals_in_one_line():
         if given.command == "gc":
             gc(config.find_root(), given.free)
         elif given.command == "plan":
@@ -273,10 +268,6 @@ def main() -> None:
             submit_study(find_study(given.study), given)
         else:
             {"run": run_study, "join": join_study, "check": check_study, "readme": readme}[given.command](find_study(given.study))
-    except Refused as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

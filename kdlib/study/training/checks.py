@@ -134,19 +134,16 @@ def _check_users(params: Params, data: str, shape: Shape) -> None:
 
 
 def _check_model(key: str, name: str, shape: Shape, drop_path: float) -> OutputShape:
-    shape_or_reason = _shape_or_reason(name, *shape, drop_path)
-    if isinstance(shape_or_reason, str):
-        raise Refused(f"{FILE}: {key}: {shape_or_reason}")
-    return shape_or_reason
+    """The shape of a model's answers. Raises ``Refused`` where the model cannot be had."""
+    try:
+        return _output_shape(name, *shape, drop_path)
+    except ValueError as error:  # says "found ...; allowed: ...; what to do"
+        raise Refused(f"{FILE}: {key}: {' '.join(str(error).split())}") from None
 
 
 @cache  # many comparisons share a student, and a large model takes seconds to build
-def _shape_or_reason(name: str, classes: int, channels: int, size: int, drop_path: float) -> OutputShape | str:
-    """The shape of a model's answers, or why it cannot be had, as "found ...; allowed: ...; what to do"."""
-    try:
-        return build(name, classes, channels, size, drop_path).shape
-    except ValueError as error:
-        return " ".join(str(error).split())
+def _output_shape(name: str, classes: int, channels: int, size: int, drop_path: float) -> OutputShape:
+    return build(name, classes, channels, size, drop_path).shape
 
 
 def _check_methods(params: Params, name: str, student: OutputShape, teacher: OutputShape) -> None:
@@ -184,9 +181,8 @@ def _check_optimizer(key: str, recipe: Recipe) -> None:
 def _check_batch(params: Params, recipe: str, user: str, images: int) -> None:
     batch = params.recipes[recipe].batch_size
     if batch > images:
-        raise refuse(
-            f"recipes.{recipe}.batch_size", batch, f"at most the {images} training images of {user}", "make it smaller, or use more data"
-        )
+        allowed = f"at most the {images} training images of {user}"
+        raise refuse(f"recipes.{recipe}.batch_size", batch, allowed, "make it smaller, or use more data")
 
 
 @contextmanager

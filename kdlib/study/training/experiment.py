@@ -96,12 +96,9 @@ class Experiment:
             raise refuse(f"teachers.{name}", what, "a teacher whose loss stays finite", metrics["diverged_cause"])
         top1 = metrics["test_top1"]
         if top1 < teacher.min_top1:
-            raise refuse(
-                f"teachers.{name}.min_top1",
-                teacher.min_top1,
-                f"at most the top-1 of {top1:.4f} that this teacher reaches on the test split",
-                "train it longer or with more data, choose a stronger model, or demand less of it",
-            )
+            allowed = f"at most the top-1 of {top1:.4f} that this teacher reaches on the test split"
+            do = "train it longer or with more data, choose a stronger model, or demand less of it"
+            raise refuse(f"teachers.{name}.min_top1", teacher.min_top1, allowed, do)
         write_json(folder / "run.json", {"teacher": name, **teacher.model_dump(), "fingerprint": folder_of_run.name})
         self.store.export(folder_of_run.name, folder)
         return metrics
@@ -139,13 +136,12 @@ class Experiment:
 
         The same functions as the pipeline's; runs/ and results/ stay as they are, and the same call again costs nothing.
         """
-        known("comparisons", comparison, self.params.comparisons)
+        among = self.params.comparisons[known("comparisons", comparison, self.params.comparisons)]
         # typed as params.yaml's numbers are: 4 and 4.0, or a seed out of a table, must name one run
         changed = {name: float(value) for name, value in parameters.items()}
         variant = Variant(method, method, {**self.params.methods[known("method", method, self.params.methods)], **changed})
         check_method(f"methods.{method}", method, variant.parameters)
-        check_against_data(self.params, self.data(self.params.comparisons[comparison].data))
-        among = self.params.comparisons[comparison]
+        check_against_data(self.params, self.data(among.data))
         variants = len(among.methods) + len(among.sweep.grids if among.sweep else ())
         with threads(self.schedule.threads(variants, len(self.params.study.seeds))):  # as in its comparison
             (plan,) = self._run(comparison, ([variant], int(seed)))
@@ -193,19 +189,9 @@ class Experiment:
     def _plan(self, name: str, group: Group) -> tuple[Setting, list[Planned]]:
         comparison, (variants, seed) = self.params.comparisons[name], group
         data, (teacher, digest) = self.data(comparison.data), self.teacher(comparison.teacher)
-        setting = Setting(
-            data,
-            _subset(data, comparison, seed),
-            comparison.student,
-            data.size,
-            teacher,
-            self.params.recipes[comparison.recipe],
-            seed,
-            self.device,
-            f"{name} seed {seed}",
-            self.params.study.compute,
-            self.params.study.answers_gb,
-        )
+        index, recipe, title = _subset(data, comparison, seed), self.params.recipes[comparison.recipe], f"{name} seed {seed}"
+        compute, most = self.params.study.compute, self.params.study.answers_gb
+        setting = Setting(data, index, comparison.student, data.size, teacher, recipe, seed, self.device, title, compute, most)
         setting = replace(setting, answers=self.answers / identity.of_answers(setting, digest))
         return setting, [Planned(variant, seed, identity.of_run(setting, digest, variant)) for variant in variants]
 
@@ -229,28 +215,24 @@ class Experiment:
         comparison, variant = self.params.comparisons[name], plan.variant
         data = self.data(comparison.data)
         folder = run_folder(self.root, (name, variant.name, plan.seed))
-        write_json(
-            folder / "run.json",
-            {
-                "comparison": name,
-                "data": comparison.data,
-                "classes": data.classes,
-                "fraction": comparison.fraction,
-                "train_images": len(_subset(data, comparison, plan.seed)),
-                "teacher": comparison.teacher,
-                "student": comparison.student,
-                "recipe": comparison.recipe,
-                "hard_loss": self.params.recipes[comparison.recipe].hard_loss,
-                "method": variant.method,
-                "variant": variant.name,
-                "looks_at": looks_at(METHODS[variant.method]),
-                "relational": METHODS[variant.method].relational,
-                "parameters": dict(variant.parameters),
-                "seed": plan.seed,
-                "trial": variant.trial,
-                "fingerprint": plan.fingerprint,
-            },
-        )
+        described = {
+            "comparison": name,
+            "data": comparison.data,
+            "classes": data.classes,
+            "fraction": comparison.fraction,
+            "train_images": len(_subset(data, comparison, plan.seed)),
+            **comparison.model_dump(include={"teacher", "student", "recipe"}),
+            "hard_loss": self.params.recipes[comparison.recipe].hard_loss,
+            "method": variant.method,
+            "variant": variant.name,
+            "looks_at": looks_at(METHODS[variant.method]),
+            "relational": METHODS[variant.method].relational,
+            "parameters": dict(variant.parameters),
+            "seed": plan.seed,
+            "trial": variant.trial,
+            "fingerprint": plan.fingerprint,
+        }
+        write_json(folder / "run.json", described)
         self.store.export(plan.fingerprint, folder)  # metrics.json comes last of all
         return folder
 
@@ -259,14 +241,13 @@ class Experiment:
         comparison = self.params.comparisons[name]
         if comparison.sweep is None:
             return
-        trials = trials_of(comparison, self.params)
+        seed = comparison.sweep.seed
+
+        def top1(trial: Variant) -> float:
+            return float(read_json(run_folder(self.root, (name, trial.name, seed)) / "metrics.json").get("val_top1", -1.0))
+
         for method in comparison.sweep.grids:
-            scored = [
-                (read_json(run_folder(self.root, (name, v.name, comparison.sweep.seed)) / "metrics.json").get("val_top1", -1.0), v)
-                for v in trials
-                if v.method == method
-            ]
-            best = max(scored, key=lambda pair: pair[0])[1]
+            best = max((trial for trial in trials_of(comparison, self.params) if trial.method == method), key=top1)
             yield Variant(method + TUNED, method, best.parameters)
 
     def _import_checkpoint(self, name: str, data: DataSet) -> Path:
@@ -279,9 +260,8 @@ class Experiment:
         try:
             write_measured(folder, classifier, data, self.device)
         except FloatingPointError as error:
-            raise refuse(
-                f"teachers.{name}.checkpoint", teacher.checkpoint, "weights that give finite logits", f"choose another file ({error})"
-            ) from error
+            do = f"choose another file ({error})"
+            raise refuse(f"teachers.{name}.checkpoint", teacher.checkpoint, "weights that give finite logits", do) from error
         return folder
 
 
