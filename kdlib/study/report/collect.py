@@ -86,33 +86,29 @@ def teachers(root: Path, names: Iterable[str]) -> pd.DataFrame:
 
 def teacher_curves(root: Path, names: Iterable[str]) -> pd.DataFrame:
     """curve.csv of every named teacher that has one: a loaded teacher was not trained here."""
-    return _join_teachers(
-        root, names, lambda folder: pd.read_csv(folder / "curve.csv") if (folder / "curve.csv").is_file() else pd.DataFrame()
-    )
+
+    def read(folder: Path) -> pd.DataFrame:
+        return pd.read_csv(folder / "curve.csv") if (folder / "curve.csv").is_file() else pd.DataFrame()
+
+    return _join_teachers(root, names, read)
 
 
 def _join(root: Path, expected: Iterable[Run], read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
     expected = list(expected)
     _require(root, expected)
-    parts = []
-    for run in expected:
-        part = read(run_folder(root, run))
-        comparison, variant, seed = run
-        parts.append(
-            pd.concat([pd.DataFrame({"comparison": comparison, "variant": variant, "seed": seed}, index=part.index), part], axis=1)
-        )
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["comparison", "variant", "seed"])
+    return _below(["comparison", "variant", "seed"], [(run, read(run_folder(root, run))) for run in expected])
 
 
 def _join_teachers(root: Path, names: Iterable[str], read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
     names = list(names)
     _refuse_missing([str(TEACHERS / name) for name in names if not has_teacher(root, name)], len(names))
-    parts = []
-    for name in names:
-        part = read(root / TEACHERS / name)
-        part.insert(0, "teacher", name)
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["teacher"])
+    return _below(["teacher"], [((name,), read(root / TEACHERS / name)) for name in names])
+
+
+def _below(keys: list[str], parts: list[tuple[tuple[object, ...], pd.DataFrame]]) -> pd.DataFrame:
+    """One part below the other, each with the values of ``keys`` in front."""
+    named = [pd.concat([pd.DataFrame(dict(zip(keys, values, strict=True)), index=part.index), part], axis=1) for values, part in parts]
+    return pd.concat(named, ignore_index=True) if named else pd.DataFrame(columns=keys)
 
 
 def _require(root: Path, expected: list[Run]) -> None:

@@ -144,13 +144,18 @@ def _lead(runs: pd.DataFrame, comparison: str, method: str, baseline: str) -> st
     return stats.paired_differences(by_seed(runs, comparison, method), by_seed(runs, comparison, baseline))
 
 
+def _place(params: Params, runs: pd.DataFrame, comparison: str) -> tuple[str, str, float]:
+    """Recipe, scale and fraction of a row about one comparison."""
+    item = params.comparisons[comparison]
+    return item.recipe, scale(item.fraction, train_images(runs, comparison)), item.fraction
+
+
 def _leads(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
     baseline = params.study.baseline
     for places in contests(params).values():
-        for (recipe, fraction), name in places.items():
-            shown = scale(fraction, train_images(runs, name))
+        for name in places.values():
             for method in _challengers(params, params.comparisons[name]):
-                yield _Row("lead", name, recipe, shown, fraction, method, baseline, _lead(runs, name, method, baseline))
+                yield _Row("lead", name, *_place(params, runs, name), method, baseline, _lead(runs, name, method, baseline))
 
 
 def _change(params: Params, runs: pd.DataFrame, question: str, pair: tuple[str, str], place: tuple[str, str, float]) -> Iterator[_Row]:
@@ -177,8 +182,7 @@ def _recipes(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
         for fraction in sorted({fraction for _, fraction in places}):
             if (weak, fraction) in places and (strong, fraction) in places and weak != strong:
                 pair = (places[weak, fraction], places[strong, fraction])
-                place = (f"{weak} minus {strong}", scale(fraction, train_images(runs, pair[0])), fraction)
-                yield from _change(params, runs, "recipe", pair, place)
+                yield from _change(params, runs, "recipe", pair, (f"{weak} minus {strong}", *_place(params, runs, pair[0])[1:]))
 
 
 def _hard_labels(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
@@ -186,11 +190,10 @@ def _hard_labels(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
     for group in hard_labels(params):
         first, *others = group.values()
         for name in others:
-            new, old = params.comparisons[name], params.comparisons[first]
-            place = (f"{new.recipe} minus {old.recipe}", scale(new.fraction, train_images(runs, name)), new.fraction)
+            (new, shown, fraction), (old, _, _) = _place(params, runs, name), _place(params, runs, first)
             for method in in_all(params, group.values()):
                 values = stats.paired_differences(by_seed(runs, name, method), by_seed(runs, first, method))
-                yield _Row("hard label", f"{name} minus {first}", *place, method, method, values)
+                yield _Row("hard label", f"{name} minus {first}", f"{new} minus {old}", shown, fraction, method, method, values)
 
 
 def _tunings(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
@@ -200,8 +203,7 @@ def _tunings(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
         item = params.comparisons[name]
         if item.sweep is None:
             continue
-        place = (item.recipe, scale(item.fraction, train_images(runs, name)), item.fraction)
-        untuned = same_setting(params, name, baseline)
+        place, untuned = _place(params, runs, name), same_setting(params, name, baseline)
         for method in item.sweep.grids:
             tuned = by_seed(runs, name, f"{method}_tuned")
             if untuned is not None:

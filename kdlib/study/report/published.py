@@ -27,17 +27,9 @@ def figure1(published: pd.DataFrame) -> pd.DataFrame:
     rows = published[published["table"] == "figure1"]
     places = [_FRACTIONS.get(str(name), (str(name), 1.0)) for name in rows["dataset"]]
     pairs = [str(name).split("_minus_") for name in rows["method"]]
-    return pd.DataFrame(
-        {
-            "data": [data for data, _ in places],
-            "fraction": [fraction for _, fraction in places],
-            "method": [method for method, _ in pairs],
-            "baseline": [baseline for _, baseline in pairs],
-            "lead": (rows["value"] / 100).to_numpy(),
-            "kind": rows["kind"].to_numpy(),
-            "source": rows["source"].to_numpy(),
-        }
-    )
+    about = [[*place, *pair] for place, pair in zip(places, pairs, strict=True)]
+    frame = pd.DataFrame(about, columns=["data", "fraction", "method", "baseline"])
+    return frame.assign(lead=(rows["value"] / 100).to_numpy(), **{name: rows[name].to_numpy() for name in ("kind", "source")})
 
 
 def table1(published: pd.DataFrame) -> pd.DataFrame:

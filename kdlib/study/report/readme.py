@@ -31,24 +31,27 @@ def changes(params: Params, runs: pd.DataFrame) -> list[str]:
 
 def tuned(params: Params, runs: pd.DataFrame) -> list[str]:
     """A sentence for each pair that the tuning table is about."""
-    return [_pair(row) for row in _on_headline(params, runs) if row["question"] == "tuning"]
+    return [
+        f"- recipe {row['recipe']}, {row['scale']}: {row['method']} against {row['baseline']}: {_last(row)}"
+        for row in _on_headline(params, runs)
+        if row["question"] == "tuning"
+    ]
 
 
 def ranked(params: Params, runs: pd.DataFrame) -> list[str]:
     """A sentence for each scale, who is better than the baseline and who is worse; and one for what becomes of the leads."""
-    rows = _on_headline(params, runs)
+    answers: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in _on_headline(params, runs):
+        answers.setdefault((row["question"], row["comparison"]), []).append(row)
     sentences = []
     for names in by_scale(params):
-        recipe = params.comparisons[names[0]].recipe
-        for name in names:
-            found = [row for row in rows if row["question"] == "lead" and row["comparison"] == name]
-            verdicts = _by_verdict(found, ("better", "worse", "inconclusive"))
-            sentences.append(f"- recipe {recipe}, {found[0]['scale']}, against {params.study.baseline}: {verdicts}.")
-        found = [row for row in rows if row["question"] == "scale" and row["comparison"] == f"{names[0]} minus {names[-1]}"]
-        if found:
+        recipe, baseline = params.comparisons[names[0]].recipe, params.study.baseline
+        for leading in (answers["lead", name] for name in names):
+            verdicts = _by_verdict(leading, ("better", "worse", "inconclusive"))
+            sentences.append(f"- recipe {recipe}, {leading[0]['scale']}, against {baseline}: {verdicts}.")
+        if changing := answers.get(("scale", f"{names[0]} minus {names[-1]}")):
             where = f"recipe {recipe}, {ends(params, names)}".replace(" minus ", " → ")
-            verdicts = _by_verdict(found, ("shrinks", "grows", "inconclusive"))
-            sentences.append(f"- {where}, the lead over {params.study.baseline}: {verdicts}.")
+            sentences.append(f"- {where}, the lead over {baseline}: {_by_verdict(changing, ('shrinks', 'grows', 'inconclusive'))}.")
     return sentences
 
 
@@ -58,8 +61,7 @@ def labelled(params: Params, runs: pd.DataFrame) -> list[str]:
     for row in _on_headline(params, runs):
         if row["question"] == "hard label":
             new, old = (params.recipes[recipe].hard_loss for recipe in row["recipe"].split(" minus "))
-            verdict = f"hard label {new} against {old}: {_last(row, '**' + row['verdict'] + '**')}"
-            sentences.append(f"- {row['method']}, {row['scale']}: {verdict}")
+            sentences.append(f"- {row['method']}, {row['scale']}: hard label {new} against {old}: {_last(row)}")
     return sentences
 
 
@@ -84,14 +86,9 @@ def _change(row: dict[str, Any], leading: dict[tuple[str, str], dict[str, Any]])
     return f"- {where}: {row['method']}'s lead over {row['baseline']} {steps}: {_last(row, answer)}"
 
 
-def _pair(row: dict[str, Any]) -> str:
-    return (
-        f"- recipe {row['recipe']}, {row['scale']}: {row['method']} against {row['baseline']}: {_last(row, '**' + row['verdict'] + '**')}"
-    )
-
-
-def _last(row: dict[str, Any], answer: str) -> str:
-    return f"{answer} (difference {_points(row)}, n={row['n']})." if row["n"] else "diverged."
+def _last(row: dict[str, Any], answer: str | None = None) -> str:
+    """The end of a sentence: the answer (None: the verdict) with its difference."""
+    return f"{answer or '**' + row['verdict'] + '**'} (difference {_points(row)}, n={row['n']})." if row["n"] else "diverged."
 
 
 def _points(row: dict[str, Any]) -> str:

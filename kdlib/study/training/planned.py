@@ -27,18 +27,10 @@ class Variant:
 
 def trials_of(comparison: Comparison, params: Params) -> list[Variant]:
     """The trials of a comparison's sweep; parameters that are not in the grid stay as ``methods`` has them."""
-    if comparison.sweep is None:
-        return []
-    return [
-        Variant(
-            "trial/" + ".".join([method, *(f"{key}_{_short(value)}" for key, value in point.items())]),
-            method,
-            {**params.methods[method], **point},
-            trial=True,
-        )
-        for method, grid in comparison.sweep.grids.items()
-        for point in grid_points(grid)
-    ]
+    grids = comparison.sweep.grids if comparison.sweep else {}
+    points = [(method, point) for method, grid in grids.items() for point in grid_points(grid)]
+    names = ["trial/" + ".".join([method, *(f"{key}_{_short(value)}" for key, value in point.items())]) for method, point in points]
+    return [Variant(name, method, params.methods[method] | point, trial=True) for name, (method, point) in zip(names, points, strict=True)]
 
 
 def _short(value: float) -> str:
@@ -52,19 +44,18 @@ def methods_of(comparison: Comparison, params: Params) -> list[Variant]:
     return [Variant(method, method, params.methods[method]) for method in comparison.methods]
 
 
-def expected_runs(params: Params, name: str) -> list[tuple[str, str, int]]:
-    """(comparison, variant, seed) of every run of one comparison."""
+def expected_runs(params: Params, name: str) -> list[Run]:
+    """Every run of one comparison."""
     comparison = params.comparisons[name]
-    names = [variant.name for variant in methods_of(comparison, params)]
-    trials: list[tuple[str, str, int]] = []
+    names, trials = list(comparison.methods), []
     if comparison.sweep:
-        trials = [(name, variant.name, comparison.sweep.seed) for variant in trials_of(comparison, params)]
+        trials = [(name, trial.name, comparison.sweep.seed) for trial in trials_of(comparison, params)]
         names += [method + TUNED for method in comparison.sweep.grids]
     return trials + [(name, variant, seed) for variant in names for seed in params.study.seeds]
 
 
-def expected(params: Params) -> list[tuple[str, str, int]]:
-    """(comparison, variant, seed) of every run that params.yaml asks for, in its order."""
+def expected(params: Params) -> list[Run]:
+    """Every run that params.yaml asks for, in its order."""
     return [run for name in params.comparisons for run in expected_runs(params, name)]
 
 

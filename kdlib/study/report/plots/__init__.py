@@ -6,9 +6,9 @@ from matplotlib.figure import Figure
 
 from kdlib.config.schema import Params
 from kdlib.study.report.build import Numbers
-from kdlib.study.report.plots import by_method, scales
+from kdlib.study.report.plots.by_method import plot_methods
 from kdlib.study.report.plots.curves import plot_learning_curves, plot_teachers
-from kdlib.study.report.plots.scales import plot_data_scale
+from kdlib.study.report.plots.scales import plot_accuracies, plot_data_scale
 from kdlib.study.report.plots.tuning import plot_grids
 from kdlib.study.report.tables.effort import sweeps
 
@@ -26,17 +26,13 @@ def build_figures(params: Params, numbers: Numbers) -> Figures:
 
 def _recipes(params: Params, numbers: Numbers) -> Figures:
     data = dict.fromkeys(comparison.data for comparison in params.comparisons.values())
-    figures = {f"accuracy_{name}": scales.plot_accuracies(params, numbers.runs, name) for name in data}
+    figures = {f"accuracy_{name}": plot_accuracies(params, numbers.runs, name) for name in data}
     return figures | {f"learning_curves_{name}": plot_learning_curves(params, numbers.curves, name) for name in data}
-
-
-def _methods(params: Params, numbers: Numbers) -> Figures:
-    return by_method.plot_leads(params, numbers.runs, numbers.timing) | by_method.plot_accuracy(params, numbers.runs, numbers.timing)
 
 
 FIGURES: dict[str, Callable[[Params, Numbers], Figures]] = {
     "data_scale": lambda params, of: {"data_scale": plot_data_scale(params, of.runs, of.published)},
     "recipes": _recipes,
     "tuning": lambda params, of: {f"grid_{name}": plot_grids(params, of.runs, name) for name in sweeps(params)},
-    "methods": _methods,
+    "methods": lambda params, of: plot_methods(params, of.runs, of.timing),
 }

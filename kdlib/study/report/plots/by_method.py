@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kdlib.config.schema import Params
 from kdlib.study.report.differences import leads, train_images
-from kdlib.study.report.plots.style import MARKERS, panels, tell_n
+from kdlib.study.report.plots.style import MARKERS, panels, same_limits, tell_n
 from kdlib.study.report.render import MINUS, TIMES, records, scale
 from kdlib.study.report.tables.by_method import by_scale, called, costs
 from kdlib.study.report.tables.comparisons import accuracies
@@ -20,17 +20,15 @@ from kdlib.study.report.tables.comparisons import accuracies
 _LABEL = 0.047  # height of a method's name, as a share of its panel
 
 
-def plot_leads(params: Params, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
-    """ "methods": each challenger's lead at each scale, one panel per scale; a figure for each list of ``by_scale``, as the tables."""
-    return {called("methods", i, names): _leads(params, runs, timing, names) for i, names in enumerate(by_scale(params))}
+def plot_methods(params: Params, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
+    """ "methods" and "methods_cost": a figure each for each list of ``by_scale``, as the tables."""
+    plots = {"methods": plot_leads, "methods_cost": plot_costs}
+    lists = list(enumerate(by_scale(params)))
+    return {called(kind, i, names): plot(params, runs, timing, names) for kind, plot in plots.items() for i, names in lists}
 
 
-def plot_accuracy(params: Params, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
-    """ "methods_cost": each method's test top-1 against its step time, one panel per scale."""
-    return {called("methods_cost", i, names): _accuracy(params, runs, timing, names) for i, names in enumerate(by_scale(params))}
-
-
-def _leads(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
+def plot_leads(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
+    """Each challenger's lead at each scale, one panel per scale."""
     ahead = leads(params, runs)
     ahead = ahead[(ahead["question"] == "lead") & ahead["comparison"].isin(names)]
     kinds = costs(params, runs, timing, names[-1])
@@ -45,7 +43,7 @@ def _leads(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
         panel.set(xlabel=f"lead over {params.study.baseline} (points of test top-1)", title=_scale(params, runs, name))
         panel.grid(axis="y", visible=False)
-    _same_width(list(axes[0]))
+    same_limits(axes[0], "x")
     axes[0, 0].set_yticks(range(len(rows)), [method or kind for kind, method in rows])
     axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
     for label, (_, method) in zip(axes[0, 0].get_yticklabels(), rows, strict=True):
@@ -81,7 +79,8 @@ def _lead(panel: Axes, place: int, row: dict[str, Any], look: dict[str, Any]) ->
     panel.errorbar(100 * row["mean"], place, xerr=half, capsize=3, linewidth=1.6, markersize=6, markerfacecolor=fill, **look)
 
 
-def _accuracy(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
+def plot_costs(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
+    """Each method's test top-1 against its step time, one panel per scale."""
     points_of = {name: _points(params, runs, timing, name) for name in names}
     looks = _looks(costs(params, runs, timing, names[-1]))
     figure, axes = panels(1, len(names), (5.4, 5.2))
@@ -95,7 +94,7 @@ def _accuracy(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: l
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{TIMES}"))
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set(xlabel=f"time per step, relative to {params.study.baseline}", title=_scale(params, runs, name))
-    _same_width(list(axes[0]))
+    same_limits(axes[0], "x")
     for panel, points in zip(axes[0], points_of.values(), strict=True):
         _label(panel, {row["method"]: (row["time"], row["top1"]) for row in records(points)})
     axes[0, 0].set_ylabel("test top-1 (%)")
@@ -136,9 +135,3 @@ def _label(panel: Axes, points: dict[str, tuple[float, float]]) -> None:
 def _scale(params: Params, runs: pd.DataFrame, name: str) -> str:
     item = params.comparisons[name]
     return f"{item.data}, {scale(item.fraction, train_images(runs, name))}"
-
-
-def _same_width(axes: list[Axes]) -> None:
-    limits = [panel.get_xlim() for panel in axes]
-    for panel in axes:
-        panel.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))

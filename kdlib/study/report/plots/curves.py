@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from kdlib.config.schema import Params
 from kdlib.study.report.differences import ordered
-from kdlib.study.report.plots.style import colours, panels, same_height
+from kdlib.study.report.plots.style import colours, panels, same_limits
 
 
 def plot_learning_curves(params: Params, curves: pd.DataFrame, data: str) -> Figure:
@@ -29,7 +29,7 @@ def plot_learning_curves(params: Params, curves: pd.DataFrame, data: str) -> Fig
         item = params.comparisons[name]
         panel.set(title=f"recipe {item.recipe}, {100 * item.fraction:g} % of the images", xlabel="thousand images seen")
         panel.legend(fontsize="x-small", loc="lower right")
-    same_height(axes.flat[: len(names)])
+    same_limits(axes.flat[: len(names)], "y")
     for panel in axes[:, 0]:
         panel.set_ylabel("validation top-1 (%)")
     for panel in list(axes.flat)[len(names) :]:

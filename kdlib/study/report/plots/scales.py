@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 from kdlib.config.schema import Params
 from kdlib.study.report import published
 from kdlib.study.report.differences import leads, ordered
-from kdlib.study.report.plots.style import MARKERS, colours, panels, same_height, tell_n
+from kdlib.study.report.plots.style import MARKERS, colours, panels, same_limits, tell_n
 from kdlib.study.report.render import number, records
 
 PAPER = "published (Hao et al. 2023,\nread off the figure; own scale)"
@@ -27,7 +27,7 @@ def plot_data_scale(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -
     for i, recipe in enumerate(recipes):
         _leads(axes[0, i], ahead[ahead["recipe"] == recipe], params)
         axes[0, i].set_title(f"{data}, recipe {recipe}\n(measured here)")
-    same_height(axes[0, : len(recipes)])
+    same_limits(axes[0, : len(recipes)], "y")
     paper = published.figure1(numbers)
     _bars(axes[0, -1], paper[paper["method"].isin(params.study.challengers)], params)
     axes[0, 0].set_ylabel(f"lead over {baseline} (points of test top-1)")
@@ -90,24 +90,16 @@ def plot_accuracies(params: Params, runs: pd.DataFrame, data: str) -> Figure:
         part = rows[rows["recipe"] == recipe].sort_values("train_images")
         scales = part[["train_images", "fraction"]].drop_duplicates()
         labels = {row["fraction"]: f"{row['train_images']:,}\n({100 * row['fraction']:g} %)" for row in records(scales)}
-        frame = pd.DataFrame(
-            {"scale": part["fraction"].map(labels), "method": part["method"].astype(object), "top1": 100 * part["test_top1"]}
-        )
-        look: dict[str, Any] = {
-            "x": "scale",
-            "y": "top1",
-            "hue": "method",
-            "order": list(labels.values()),
-            "hue_order": methods,
-            "palette": colours(params),
-        }
-        sns.stripplot(frame, **look, dodge=True, jitter=False, size=6, alpha=0.75, ax=panel)
-        _means(panel, frame, list(labels.values()), methods)
+        shown, order = {"scale": part["fraction"].map(labels), "method": part["method"].astype(object)}, list(labels.values())
+        frame = pd.DataFrame(shown | {"top1": 100 * part["test_top1"]})
+        look: dict[str, Any] = {"x": "scale", "y": "top1", "hue": "method", "order": order, "hue_order": methods}
+        sns.stripplot(frame, **look, palette=colours(params), dodge=True, jitter=False, size=6, alpha=0.75, ax=panel)
+        _means(panel, frame, order, methods)
         panel.get_legend().remove()
         for border in range(1, len(labels)):
             panel.axvline(border - 0.5, color="0.8", linewidth=1)
         panel.set(xlabel="training images", ylabel="test top-1 (%)" if panel is axes[0, 0] else "", title=f"{data}, recipe {recipe}")
-    same_height(axes[0])
+    same_limits(axes[0], "y")
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles[: len(methods)], names[: len(methods)], loc="outside right upper")
     n = tell_n(rows.groupby(["comparison", "method"]).size())

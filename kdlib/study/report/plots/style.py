@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -50,12 +51,12 @@ def panels(
     return figure, axes
 
 
-def same_height(axes: Iterable[Axes]) -> None:
+def same_limits(axes: Iterable[Axes], direction: Literal["x", "y"]) -> None:
     """One scale for all, wide enough for each."""
     axes = list(axes)
-    limits = [panel.get_ylim() for panel in axes]
+    limits = [getattr(panel, f"get_{direction}lim")() for panel in axes]
     for panel in axes:
-        panel.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        panel.set(**{f"{direction}lim": (min(low for low, _ in limits), max(high for _, high in limits))})
 
 
 def tell_n(n: "pd.Series") -> str:

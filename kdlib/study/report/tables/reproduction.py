@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib.config.schema import Params, Rows
+from kdlib.config.schema import Params
 from kdlib.errors import refuse
 from kdlib.study.report import published, stats
 from kdlib.study.report.differences import by_seed
@@ -47,20 +47,17 @@ def reproduction_table(planned: Params, runs: pd.DataFrame, teachers: pd.DataFra
 def _users(planned: Params, numbers: pd.DataFrame) -> dict[int, list[str]]:
     """Which comparisons repeat a row of the file, by the row's place."""
     users: dict[int, list[str]] = {}
-    for name, item in planned.study.published.items():
-        for asked in item.rows:
-            places = [place for place, row in enumerate(records(numbers)) if _is(row, asked)]
-            if not places:
-                columns = ", ".join(f"{column} {value}" for column, value in asked.where.items())
-                what = f"rows of {published.FILE}"
-                raise refuse(f"study.published.{name}", f"{asked.table} with {columns}", what, "correct it, or remove it")
-            for place in places:
-                users.setdefault(place, []).append(name)
+    rows = [{column: str(value) for column, value in row.items()} for row in records(numbers)]
+    for name, asked in ((name, asked) for name, item in planned.study.published.items() for asked in item.rows):
+        wanted = {**asked.where, "table": asked.table}.items()
+        places = [place for place, row in enumerate(rows) if wanted <= row.items()]
+        if not places:
+            columns = ", ".join(f"{column} {value}" for column, value in asked.where.items())
+            allowed = f"rows of {published.FILE}"
+            raise refuse(f"study.published.{name}", f"{asked.table} with {columns}", allowed, "correct it, or remove it")
+        for place in places:
+            users.setdefault(place, []).append(name)
     return users
-
-
-def _is(row: dict[str, Any], asked: Rows) -> bool:
-    return bool(row["table"] == asked.table) and all(column in row and str(row[column]) == value for column, value in asked.where.items())
 
 
 def _method(planned: Params, runs: pd.DataFrame, row: dict[str, Any]) -> str:
