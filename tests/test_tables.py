@@ -198,7 +198,7 @@ def test_verdicts_and_summary_are_what_another_machine_compares(params: Params, 
 
 
 def test_tables_do_not_depend_on_the_order_of_rows(params: Params, found: build.Numbers, everything: dict[str, Table]) -> None:
-    turned = build.TABLES["data_scale"].tables(params, dataclasses.replace(found, runs=found.runs.iloc[::-1].reset_index(drop=True)))[0]
+    turned = build.TABLES["data_scale"](params, dataclasses.replace(found, runs=found.runs.iloc[::-1].reset_index(drop=True)))[0]
     assert markdown(turned) == markdown(everything["data_scale"])
 
 
@@ -290,6 +290,6 @@ def test_comparisons_that_differ_in_more_than_the_hard_label_are_no_set(params: 
     groups = hard_labels(config.parse(content))
     assert groups == [{"ce": "small_weak", "bce": "small_strong"}, {"ce": "large_weak", "bce": "large_strong"}]
     changed = config.parse(content)
-    assert [table.name for table in build.TABLES["losses"].tables(changed, build.Numbers(changed, runs, *[pd.DataFrame()] * 5))] == [
+    assert [table.name for table in build.TABLES["losses"](changed, build.Numbers(changed, runs, *[pd.DataFrame()] * 5))] == [
         *("losses", "losses_large_weak")
     ]

@@ -89,6 +89,7 @@ def _check(asked: Asked, launch: Launch) -> None:
 
 def _parameters(root: Path, asked: Asked, launch: Launch) -> dict[str, object]:
     cores = asked.cores or launch.processes
+    options = (option.partition("=") for option in asked.options)
     wanted: dict[str, object] = {
         "job_name": f"kdlib-{root.name}",
         "time": math.ceil(asked.hours * 60),
@@ -99,11 +100,7 @@ def _parameters(root: Path, asked: Asked, launch: Launch) -> dict[str, object]:
         "stderr_to_stdout": True,
         "srun_args": [f"--cpus-per-task={cores}", f"--wait={LAST_SECONDS}"],  # srun does not take over the job's
     }
-    if asked.partition:
-        wanted["partition"] = asked.partition
-    if asked.gpus:
-        wanted["gpus_per_node"] = asked.gpus
-    options = (option.partition("=") for option in asked.options)
+    wanted |= {key: value for key, value in (("partition", asked.partition), ("gpus_per_node", asked.gpus)) if value}
     return wanted | {"additional_parameters": {"requeue": True} | {key: value or True for key, _, value in options}}
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pandas as pd
-from torch import Tensor
 
 from kdlib.engine.metrics import predict
 from kdlib.engine.train import EVALUATION_BATCH
@@ -46,10 +45,6 @@ def predictions(experiment: Experiment, comparison: str, folder: Path, split: st
         logits = predict(model, images.images, EVALUATION_BATCH, experiment.device)
         if not logits.isfinite().all():
             raise Refused(f"{folder}: its {name} gives logits that are not finite (it diverged); choose another run")
-        frame[name], frame[f"{name}_p"] = _choices(logits)
+        probability, choice = logits.double().softmax(dim=1).max(dim=1)
+        frame[name], frame[f"{name}_p"] = choice.numpy(), probability.numpy()
     return frame
-
-
-def _choices(logits: Tensor) -> tuple["pd.Series", "pd.Series"]:
-    share, choice = logits.double().softmax(dim=1).max(dim=1)
-    return pd.Series(choice.numpy()), pd.Series(share.numpy())

@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -110,22 +110,18 @@ def values(name: str, parameters: Mapping[str, float]) -> pd.DataFrame:
 
 def gradient(name: str, parameters: Mapping[str, float]) -> Output:
     """Of a method's own terms (of the hard loss where it has none) by all that the student says; zero where it does not look."""
-    student = _leaves(said("student"))
+    student = _each(said("student"), lambda tensor: tensor.clone().requires_grad_())
     parts = terms(made(name, parameters), student, said("teacher"), BATCH)
     own = [value for key, value in parts.items() if key != "hard"] or list(parts.values())
     torch.stack(own).sum().backward()
 
-    def of(leaf: Tensor | None) -> Tensor:
-        return torch.zeros(()) if leaf is None else torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-
-    maps, before = (tuple(of(leaf) for leaf in part or ()) for part in (student.maps, student.preactivations))
-    return Output(of(student.logits), of(student.embedding), maps, before)
+    return _each(student, lambda leaf: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
 
 
-def _leaves(output: Output) -> Output:
-    maps, before = (tuple(stage.clone().requires_grad_() for stage in part or ()) for part in (output.maps, output.preactivations))
-    embedding = None if output.embedding is None else output.embedding.clone().requires_grad_()
-    return Output(output.logits.clone().requires_grad_(), embedding, maps, before)
+def _each(output: Output, do: Callable[[Tensor], Tensor]) -> Output:
+    """What ``do`` makes of each tensor of an output that has all."""
+    maps, before = (tuple(map(do, part or ())) for part in (output.maps, output.preactivations))
+    return Output(do(output.logits), None if output.embedding is None else do(output.embedding), maps, before)
 
 
 def probabilities() -> Figure:
@@ -167,11 +163,9 @@ def _heat(axis: Axes, values: Tensor, title: str, columns: list[str], colours: s
         colour = "white" if abs(value) > 0.6 * most else "black"
         axis.text(column, row, text, ha="center", va="center", fontsize="small", color=colour)
     axis.set_title(title, fontsize="medium")
-    axis.set(xticks=range(len(columns)), yticks=[])
-    axis.set_xticklabels(columns)
-    if columns:
-        axis.set(yticks=range(len(values)))
-        axis.set_yticklabels([f"image {row + 1}" for row in range(len(values))])
+    rows = [f"image {row + 1}" for row in range(len(values))] if columns else []
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
     axis.tick_params(length=0, labelsize="small")
 
 

@@ -88,12 +88,11 @@ def training_curves(named: Mapping[str, Path]) -> Figure:
     colours: dict[str, str] = {}
     for name, folder in named.items():
         method = name.partition(",")[0]
-        first = method not in colours
-        colour = colours.setdefault(method, f"C{len(colours) % 10}")
+        look = {"label": None if method in colours else method, "color": colours.setdefault(method, f"C{len(colours) % 10}")}
         curve = pd.read_csv(folder / "curve.csv")
-        left.plot(curve["images_seen"], curve["loss"], color=colour, label=method if first else None)
+        left.plot(curve["images_seen"], curve["loss"], **look)
         measured = curve.dropna(subset="val_top1")
-        right.plot(measured["images_seen"], 100 * measured["val_top1"], ".-", color=colour, label=method if first else None)
+        right.plot(measured["images_seen"], 100 * measured["val_top1"], ".-", **look)
     left.set(xlabel="images seen", ylabel="training loss, all terms")
     right.set(xlabel="images seen", ylabel="validation top-1, %")
     right.legend()

@@ -34,24 +34,20 @@ class Numbers:
     published: pd.DataFrame  # kdlib.study.report.published.read_published
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A name that study.tables may hold: its tables, and what they say in a sentence each."""
-
-    tables: Callable[[Params, Numbers], list[Table]]  # none for a study that has nothing of the kind
-    sentences: Callable[[Params, pd.DataFrame], list[str]] = lambda params, runs: []  # noqa: ARG005
-
-
-TABLES: dict[str, Entry] = {
-    "published": Entry(lambda _, of: [reproduction_table(of.planned, of.runs, of.teachers, of.published)]),
-    "data_scale": Entry(lambda params, of: [data_scale_table(params, of.runs, of.published)], changes),
-    "recipes": Entry(lambda params, of: [recipes_table(params, of.runs, of.published, of.teachers)]),
-    "tuning": Entry(lambda params, of: [tuning_table(params, of.runs), *grid_tables(params, of.runs)] if sweeps(params) else [], tuned),
-    "methods": Entry(lambda params, of: method_tables(params, of.runs, of.timing, of.published, of.teachers), ranked),
-    "losses": Entry(lambda params, of: label_tables(params, of.runs), labelled),
-    "cost": Entry(lambda params, of: [cost_table(params, of.runs)]),
-    "measures": Entry(lambda params, of: [measures_table(params, of.runs)]),
+# What study.tables may name: no table for a study that has nothing of the kind.
+TABLES: dict[str, Callable[[Params, Numbers], list[Table]]] = {
+    "published": lambda _, of: [reproduction_table(of.planned, of.runs, of.teachers, of.published)],
+    "data_scale": lambda params, of: [data_scale_table(params, of.runs, of.published)],
+    "recipes": lambda params, of: [recipes_table(params, of.runs, of.published, of.teachers)],
+    "tuning": lambda params, of: [tuning_table(params, of.runs), *grid_tables(params, of.runs)] if sweeps(params) else [],
+    "methods": lambda params, of: method_tables(params, of.runs, of.timing, of.published, of.teachers),
+    "losses": lambda params, of: label_tables(params, of.runs),
+    "cost": lambda params, of: [cost_table(params, of.runs)],
+    "measures": lambda params, of: [measures_table(params, of.runs)],
 }
+# What they say on the headline's data set, a sentence each.
+SENTENCES: dict[str, Callable[[Params, pd.DataFrame], list[str]]]
+SENTENCES = {"data_scale": changes, "tuning": tuned, "methods": ranked, "losses": labelled}
 
 
 def finished_part(root: Path, planned: Params) -> Params:
@@ -84,7 +80,7 @@ def read_numbers(root: Path, params: Params, planned: Params) -> Numbers:
 
 def build_tables(params: Params, numbers: Numbers) -> list[Table]:
     """Every table that study.tables names, in its order."""
-    return [table for name in params.study.tables for table in TABLES[name].tables(params, numbers)]
+    return [table for name in params.study.tables for table in TABLES[name](params, numbers)]
 
 
 def headline(params: Params, numbers: Numbers, figures: Collection[str]) -> str:
@@ -93,10 +89,10 @@ def headline(params: Params, numbers: Numbers, figures: Collection[str]) -> str:
     ``figures``: what lies in results/figures. Raises ``Refused`` when the study has nothing for its first table.
     """
     first = params.study.tables[0]
-    tables = TABLES[first].tables(params, numbers)
+    tables = TABLES[first](params, numbers)
     if not tables:
         raise refuse("study.tables", first, "first a table that the comparisons have something for", "put another one first")
-    sentences = [sentence for name in params.study.tables for sentence in TABLES[name].sentences(params, numbers.runs)]
+    sentences = [sentence for name in params.study.tables if name in SENTENCES for sentence in SENTENCES[name](params, numbers.runs)]
     figure = f"results/figures/{tables[0].name}.png" if tables[0].name in figures else None
     return readme_block(params, sentences, tables[0], figure)
 

@@ -11,25 +11,18 @@ from kdlib.files import read_json
 from kdlib.study.training.planned import DISTILL, TEACHERS, Run, run_folder
 
 MEASURES = ("top1", "top5", "nll", "ece", "agreement", "teacher_kl")
-_TEXTS = (
-    *("comparison", "data", "teacher", "student", "recipe", "hard_loss"),
-    *("method", "variant", "looks_at", "parameters", "fingerprint", "status", "diverged_cause"),
-)
-_COUNTS = (
-    *("classes", "train_images", "seed", "diverged_step", "images_seen", "steps"),
-    *("student_parameters", "extra_parameters", "extra_bytes", "step_bytes", "train_flops", "teacher_flops"),
-)
-_TRUTHS = ("relational", "trial")
-COLUMNS = [
-    *("comparison", "data", "classes", "fraction", "train_images", "teacher", "student", "recipe", "hard_loss"),
-    *("method", "variant", "looks_at", "relational", "parameters", "seed", "trial", "fingerprint"),
-    *("status", "diverged_step", "diverged_cause", "images_seen", "steps"),
-    *("student_parameters", "extra_parameters", "extra_bytes", "step_bytes", "train_flops", "teacher_flops"),
-    *(f"{split}_{measure}" for split in ("val", "test") for measure in MEASURES),
-]
-_TYPES = {
-    name: "string" if name in _TEXTS else "Int64" if name in _COUNTS else "bool" if name in _TRUTHS else "float64" for name in COLUMNS
+# Of runs.csv, in its order. Counts may be blank.
+_TYPES: dict[str, str] = {
+    **dict.fromkeys(("comparison", "data"), "string"),
+    **{"classes": "Int64", "fraction": "float64", "train_images": "Int64"},
+    **dict.fromkeys(("teacher", "student", "recipe", "hard_loss", "method", "variant", "looks_at"), "string"),
+    **{"relational": "bool", "parameters": "string", "seed": "Int64", "trial": "bool", "fingerprint": "string"},
+    **{"status": "string", "diverged_step": "Int64", "diverged_cause": "string"},
+    **dict.fromkeys(("images_seen", "steps", "student_parameters", "extra_parameters", "extra_bytes", "step_bytes"), "Int64"),
+    **dict.fromkeys(("train_flops", "teacher_flops"), "Int64"),
+    **dict.fromkeys((f"{split}_{measure}" for split in ("val", "test") for measure in MEASURES), "float64"),
 }
+COLUMNS = list(_TYPES)
 
 
 def read_runs(path: Path) -> pd.DataFrame:

@@ -63,17 +63,12 @@ def leads(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
     makers = (_leads, _scales, _recipes, _hard_labels, _tunings)
     rows = [row for maker in makers for row in maker(params, runs)]
     frame = pd.DataFrame([_tell(row, params, runs) for row in rows], columns=COLUMNS)
-    if frame.empty:
-        return frame
-    families: dict[tuple[str, str], list[int]] = {}
-    for i, (question, data) in enumerate(zip(frame["question"], frame["data"], strict=True)):
-        families.setdefault((question, data), []).append(i)
-    for (question, _), members in families.items():
+    for members in frame.groupby(["question", "data"], sort=False).indices.values():
         answers = stats.holm_verdicts([stats.estimate(rows[i].values, params.study.confidence) for i in members], params.study.confidence)
         for i, (verdict, p) in zip(members, answers, strict=True):
             frame.loc[i, "p_holm"] = p
             if rows[i].values:  # a cell that nobody measured stays blank
-                frame.loc[i, "verdict"] = _ABOUT_LEADS[verdict] if question in ("scale", "recipe") else verdict
+                frame.loc[i, "verdict"] = _ABOUT_LEADS[verdict] if rows[i].question in ("scale", "recipe") else verdict
     return frame
 
 

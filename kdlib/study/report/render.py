@@ -47,17 +47,9 @@ def latex(table: Table) -> str:
     """A table environment, shrunk to the width of the text where it is wider; needs the packages booktabs and graphicx."""
     rows = [" & ".join(str(cell).translate(_LATEX) for cell in row) + r" \\" for row in table.shown.itertuples(index=False)]
     head = " & ".join(str(column).translate(_LATEX) for column in table.shown.columns) + r" \\"
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{{'l' * len(table.shown.columns)}}}",
-        r"\toprule",
-        head,
-        r"\midrule",
-        *rows,
-    ]
     caption = f"{table.title}. {table.caption}".translate(_LATEX)
+    lines = [r"\begin{table}", r"\centering", r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%"]
+    lines += [rf"\begin{{tabular}}{{{'l' * len(table.shown.columns)}}}", r"\toprule", head, r"\midrule", *rows]
     lines += [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{caption}}}", rf"\label{{tab:{table.name}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 

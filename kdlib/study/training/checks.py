@@ -150,9 +150,8 @@ def _check_methods(params: Params, name: str, student: OutputShape, teacher: Out
     """Every method of a comparison can learn from this teacher with this student under this recipe."""
     comparison, key = params.comparisons[name], f"comparisons.{name}"
     recipe = params.recipes[comparison.recipe]
-    variants = {f"{key}.methods": methods_of(comparison, params), f"{key}.sweep.grids": trials_of(comparison, params)}
-    for place, variant in ((place, variant) for place, found in variants.items() for variant in found):
-        method = METHODS[variant.method](**variant.parameters)
+    for variant in (*methods_of(comparison, params), *trials_of(comparison, params)):
+        place, method = f"{key}.{'sweep.grids' if variant.trial else 'methods'}", METHODS[variant.method](**variant.parameters)
         if recipe.hard_loss == "none" and not method.asks_teacher:
             found, do = f"{variant.method} with recipe {comparison.recipe!r}, whose hard_loss is none", "remove it, or choose ce or bce"
             raise refuse(place, found, "a method that asks the teacher", do)

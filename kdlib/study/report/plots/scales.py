@@ -48,16 +48,12 @@ def _leads(axes: Axes, leads: pd.DataFrame, params: Params) -> None:
         axes.errorbar(apart.to_numpy(float), 100 * rows["mean"].to_numpy(float), yerr=bars.to_numpy(float), **look)
     axes.axhline(0, color="0.35", linewidth=1)
     axes.set_xscale("log")
-    _scale_ticks(axes, scales)
-    axes.legend(loc="best")
-
-
-def _scale_ticks(axes: Axes, scales: pd.DataFrame) -> None:
     labels = [f"{row['train_images']:,.0f}\n({100 * row['fraction']:g} %)" for row in records(scales)]
     axes.set_xticks(scales["train_images"].to_numpy(float), labels)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.15)
     axes.set_xlabel("training images")
+    axes.legend(loc="best")
 
 
 def _bars(axes: Axes, paper: pd.DataFrame, params: Params) -> None:
