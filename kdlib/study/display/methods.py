@@ -69,7 +69,7 @@ def looks(method: Method) -> dict[str, str]:
         remembers = copy.deepcopy(method)
         with torch.no_grad():
             first, then = (terms(remembers, said("student"), said("teacher"), batch) for _ in range(2))
-        return [value.item() for found in (first, then) for key, value in found.items() if key != "hard"]
+        return [value.item() for step in (first, then) for key, value in step.items() if key != "hard"]
 
     changed = {
         "the label": replace(BATCH, labels=(BATCH.labels + 1) % 3),

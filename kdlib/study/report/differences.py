@@ -8,7 +8,7 @@ import pandas as pd
 
 from kdlib.config.schema import Comparison, Params
 from kdlib.study.report import stats
-from kdlib.study.report.render import estimate_columns, scale
+from kdlib.study.report.render import as_columns, scale
 
 COLUMNS = [
     *("question", "data", "teacher", "student", "recipe", "scale", "fraction", "train_images", "comparison", "method", "baseline"),
@@ -125,7 +125,7 @@ def _tell(row: _Row, params: Params, runs: pd.DataFrame) -> dict[str, object]:
         "student": item.student,
         "train_images": math.nan if math.isnan(row.fraction) else train_images(runs, first),
         **{key: value for key, value in vars(row).items() if key != "values"},
-        **estimate_columns(stats.estimate(row.values, params.study.confidence)),
+        **as_columns(stats.estimate(row.values, params.study.confidence)),
         "p_holm": math.nan,
         "verdict": "",
     }

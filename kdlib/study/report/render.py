@@ -76,7 +76,7 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def estimate_columns(estimate: stats.Estimate) -> dict[str, object]:
+def as_columns(estimate: stats.Estimate) -> dict[str, object]:
     """An estimate as columns of a tidy frame."""
     return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.n, "seeds": " ".join(map(str, estimate.seeds))}
 

@@ -72,12 +72,6 @@ def check_machines(launch: Launch) -> None:
         raise refuse("study.launch.rendezvous", launch.rendezvous, "host:port of the first machine", "write it as gpu1:29500")
 
 
-def check_launch(params: Params) -> None:
-    """Processes, machines and mix groups fit together and to the hardware of this one. Raises ``Refused``."""
-    check_machines(params.study.launch)
-    check_shares(params)
-
-
 def check_shares(params: Params) -> None:
     """Every batch has mix groups for all processes of study.launch, wherever they are. Raises ``Refused``."""
     processes = params.study.launch.processes * params.study.launch.nodes

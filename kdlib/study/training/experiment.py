@@ -27,8 +27,7 @@ from kdlib.models.checkpoints import load_checkpoint
 from kdlib.parallel.launch import placed
 from kdlib.parallel.placement import Placement
 from kdlib.parallel.ranks import from_rank_zero, rank, say, wait_for_all
-from kdlib.study.training import identity
-from kdlib.study.training.checks import check_against_data, check_launch, check_method, check_without_data, full_memory_refused
+from kdlib.study.training import checks, identity
 from kdlib.study.training.code_hash import fingerprint
 from kdlib.study.training.planned import DATA, TEACHERS, TUNED, Variant, methods_of, run_folder, trials_of
 from kdlib.study.training.store import ANSWERS, Store, beside_dvc_cache
@@ -63,8 +62,9 @@ class Experiment:
         self.answers = beside_dvc_cache(self.root, ANSWERS)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.schedule = Placement.on(self.device, self.params.study.launch, Diverged)
-        check_without_data(self.params)
-        check_launch(self.params)
+        checks.check_without_data(self.params)
+        checks.check_machines(self.params.study.launch)
+        checks.check_shares(self.params)
 
     # -- data -----------------------------------------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ class Experiment:
         """Train or load a teacher and measure it. Returns its metrics. Raises ``Refused`` below the accuracy demanded of it."""
         teacher = self.params.teachers[known("teachers", name, self.params.teachers)]
         data = self.data(teacher.data)
-        check_against_data(self.params, data)
+        checks.check_against_data(self.params, data)
         folder = self.root / TEACHERS / name
         if teacher.checkpoint is None:
             folder_of_run = self.store.run(self.schedule.run_together(functools.partial(self._train_teacher, name)).fingerprint)
@@ -121,7 +121,7 @@ class Experiment:
         A finished run is taken from the store, an interrupted one goes on, anything else is trained; on a CPU the seeds side by side.
         """
         comparison = self.params.comparisons[known("comparisons", name, self.params.comparisons)]
-        check_against_data(self.params, self.data(comparison.data))
+        checks.check_against_data(self.params, self.data(comparison.data))
         folders = []
         if comparison.sweep:
             trials = self.schedule.groups(trials_of(comparison, self.params), [comparison.sweep.seed])
@@ -140,8 +140,8 @@ class Experiment:
         # typed as params.yaml's numbers are: 4 and 4.0, or a seed out of a table, must name one run
         changed = {name: float(value) for name, value in parameters.items()}
         variant = Variant(method, method, {**self.params.methods[known("method", method, self.params.methods)], **changed})
-        check_method(f"methods.{method}", method, variant.parameters)
-        check_against_data(self.params, self.data(among.data))
+        checks.check_method(f"methods.{method}", method, variant.parameters)
+        checks.check_against_data(self.params, self.data(among.data))
         variants = len(among.methods) + len(among.sweep.grids if among.sweep else ())
         with threads(self.schedule.threads(variants, len(self.params.study.seeds))):  # as in its comparison
             (plan,) = self._run(comparison, ([variant], int(seed)))
@@ -168,7 +168,7 @@ class Experiment:
         setting = Setting(data, index, teacher.model, size, None, recipe, teacher.seed, self.device, f"teacher {name}", compute)
         alone = Variant(PLAIN, PLAIN, {"hard_weight": 1.0})
         plan = Planned(alone, teacher.seed, identity.of_run(setting, None, alone))
-        with full_memory_refused(teacher.recipe, recipe):
+        with checks.full_memory_refused(teacher.recipe, recipe):
             self._complete(setting, [plan])
         return plan
 
@@ -182,7 +182,7 @@ class Experiment:
 
     def _run(self, name: str, group: Group) -> list[Planned]:
         setting, plans = self._plan(name, group)
-        with full_memory_refused(self.params.comparisons[name].recipe, setting.recipe):
+        with checks.full_memory_refused(self.params.comparisons[name].recipe, setting.recipe):
             self._complete(setting, plans)
         return plans
 

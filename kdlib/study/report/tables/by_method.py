@@ -9,7 +9,7 @@ import pandas as pd
 from kdlib.config.schema import Params
 from kdlib.study.report import published, stats
 from kdlib.study.report.differences import contests, leads, train_images
-from kdlib.study.report.render import TIMES, Table, estimate_columns, lead, measured, number, records, scale
+from kdlib.study.report.render import TIMES, Table, as_columns, lead, measured, number, records, scale
 from kdlib.study.report.tables.comparisons import HERE, accuracies, sure
 
 _KIND = ["looks_at", "relational"]
@@ -52,7 +52,7 @@ def costs(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, comparison: 
             "comparison": comparison,
             "method": method,
             "together": together,
-            **estimate_columns(stats.estimate(ratios, params.study.confidence)),
+            **as_columns(stats.estimate(ratios, params.study.confidence)),
         }
         rows.append(row | {key: part[key].iloc[0] for key in _KIND} | {key: part[key].max() for key in _SIZES})
     frame = pd.DataFrame(rows, columns=_COSTS)

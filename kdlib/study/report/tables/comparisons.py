@@ -7,7 +7,7 @@ import pandas as pd
 from kdlib.config.schema import Params
 from kdlib.study.report import collect, published, stats
 from kdlib.study.report.differences import by_seed, leads, ordered, train_images
-from kdlib.study.report.render import Table, estimate_columns, lead, measured, number, records, scale
+from kdlib.study.report.render import Table, as_columns, lead, measured, number, records, scale
 
 PAPER = "Hao et al. 2023"
 HERE = "measured here"
@@ -77,9 +77,7 @@ def accuracies(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
         where = {key: getattr(item, key) for key in ("data", "recipe", "fraction", "teacher", "student")}
         for method in item.methods:
             estimate = stats.estimate(by_seed(runs, name, method), params.study.confidence)
-            rows.append(
-                {"comparison": name, **where, "train_images": train_images(runs, name), "method": method, **estimate_columns(estimate)}
-            )
+            rows.append({"comparison": name, **where, "train_images": train_images(runs, name), "method": method, **as_columns(estimate)})
     return pd.DataFrame(rows)
 
 
@@ -130,7 +128,7 @@ def measures_table(params: Params, runs: pd.DataFrame) -> Table:
         for variant in dict.fromkeys(students.loc[students["comparison"] == name, "variant"]):
             for measure in collect.MEASURES:
                 estimate = stats.estimate(by_seed(students, name, variant, f"test_{measure}"), params.study.confidence)
-                rows.append({"comparison": name, "method": variant, "measure": measure, **estimate_columns(estimate)})
+                rows.append({"comparison": name, "method": variant, "measure": measure, **as_columns(estimate)})
     cells: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         cells.setdefault((row["comparison"], row["method"]), []).append(measured(row, percent=row["measure"] not in _NATS))

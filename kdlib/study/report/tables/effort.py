@@ -9,7 +9,7 @@ import pandas as pd
 from kdlib.config.schema import Params, Sweep
 from kdlib.study.report import stats
 from kdlib.study.report.differences import by_seed, leads, ordered, same_setting
-from kdlib.study.report.render import TIMES, Table, estimate_columns, lead, measured, number, records
+from kdlib.study.report.render import TIMES, Table, as_columns, lead, measured, number, records
 from kdlib.study.report.tables.comparisons import sure
 
 _COUNTS = ["images_seen", "student_parameters", "extra_parameters", "train_flops", "teacher_flops"]
@@ -101,7 +101,7 @@ def _tuning_row(params: Params, runs: pd.DataFrame, comparison: str, method: str
     row |= {"comparison": home or comparison, "method": variant}
     row |= {"parameters": ", ".join(f"{axis} {values[axis]:g}" for axis in sweep.grids[method] if axis in values)}
     row |= {"trials": _trials(runs, comparison, method) if tuned else 0, "trial_seed": sweep.seed if tuned else None}
-    return row | estimate_columns(stats.estimate(by_seed(runs, home, variant) if home else {}, params.study.confidence)), home
+    return row | as_columns(stats.estimate(by_seed(runs, home, variant) if home else {}, params.study.confidence)), home
 
 
 def _trials(runs: pd.DataFrame, comparison: str, method: str) -> int:

@@ -9,7 +9,7 @@ from kdlib.config.schema import Params
 from kdlib.errors import refuse
 from kdlib.study.report import published, stats
 from kdlib.study.report.differences import by_seed
-from kdlib.study.report.render import Table, estimate_columns, measured, number, records
+from kdlib.study.report.render import Table, as_columns, measured, number, records
 from kdlib.study.report.tables.comparisons import alone, sure
 
 _SHARES = {"top1": "test_top1", "top1_gap_points": "test_top1", "top5": "test_top5"}  # in percent and points; measured as shares
@@ -33,7 +33,7 @@ def reproduction_table(planned: Params, runs: pd.DataFrame, teachers: pd.DataFra
             estimate = stats.estimate(_ours(planned, runs, teachers, name, {**row, "method": method}), planned.study.confidence)
             gap = estimate.mean - row["value"] / 100 if row["metric"] in _SHARES else math.nan
             verdict = _verdict(estimate, row, settings) if method in (row["method"], alone(runs)) else ""
-            rows.append({**row, "comparison": name, "settings": settings, "gap": gap, "verdict": verdict, **estimate_columns(estimate)})
+            rows.append({**row, "comparison": name, "settings": settings, "gap": gap, "verdict": verdict, **as_columns(estimate)})
     frame = pd.DataFrame(rows).astype({"n": "Int64"})
     shown = pd.DataFrame([_shown(row) for row in rows])
     caption = (
