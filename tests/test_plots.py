@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from kdlib.config.schema import Params
 from kdlib.study.report import build, plots
 from kdlib.study.report.plots import scales
-from kdlib.study.report.plots.curves import plot_learning_curves, plot_teachers
+from kdlib.study.report.plots.curves import plot_grids, plot_learning_curves, plot_teachers
 from kdlib.study.report.plots.scales import plot_data_scale
 from kdlib.study.report.plots.style import colours, save_figure
-from kdlib.study.report.plots.tuning import plot_grids
 from tests import builders
 
 

@@ -123,7 +123,7 @@ REPEATS_NOTHING = {
     "kdlib.decoding.worker",  # passes on what kdlib.decoding.pixels makes
     *(f"kdlib.data.sources.{name}" for name in ("class_map", "huggingface", "listing")),
     "kdlib.decoding.shards",  # what they find is in the data's fingerprint
-    *("kdlib.study.report.plots", *(f"kdlib.study.report.plots.{name}" for name in ("by_method", "curves", "scales", "style", "tuning"))),
+    *("kdlib.study.report.plots", *(f"kdlib.study.report.plots.{name}" for name in ("by_method", "curves", "scales", "style"))),
     *(
         "kdlib.study.report.build",
         *(

@@ -66,8 +66,6 @@ class Experiment:
         checks.check_machines(self.params.study.launch)
         checks.check_shares(self.params)
 
-    # -- data -----------------------------------------------------------------------------------------------------------------
-
     def prepare_data(self, name: str) -> DataSet:
         """Write the folder of a data set."""
         key = known("data", name, self.params.data)
@@ -76,8 +74,6 @@ class Experiment:
     def data(self, name: str) -> DataSet:
         """Open the folder of a data set that the data stage has written."""
         return load(self.root / DATA / name)
-
-    # -- teacher --------------------------------------------------------------------------------------------------------------
 
     @refuse_full_disk()
     def make_teacher(self, name: str) -> dict[str, Any]:
@@ -111,8 +107,6 @@ class Experiment:
         return Teacher(self._trained(teacher.model, teacher.data, teacher.size, path)), fingerprint(
             teacher.model, teacher.size, sha256(path)
         )
-
-    # -- distillation ---------------------------------------------------------------------------------------------------------
 
     @refuse_full_disk()
     def distill(self, name: str) -> list[Path]:
@@ -151,8 +145,6 @@ class Experiment:
         """A student with the final weights of a run of this comparison."""
         item = self.params.comparisons[comparison]
         return self._trained(item.student, item.data, None, folder / "weights.safetensors").eval()
-
-    # -- inside ---------------------------------------------------------------------------------------------------------------
 
     def _trained(self, model: str, data_name: str, size: int | None, weights: Path) -> Classifier:
         data = self.data(data_name)
