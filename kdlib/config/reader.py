@@ -75,7 +75,7 @@ def parse(content: Mapping[Any, Any]) -> Params:
 
 
 def validate(form: type[Form], content: Mapping[Any, Any], parts: Mapping[str, type[Section]]) -> Form:
-    """Types and ranges of a whole params.yaml of this form; ``parts`` as in ``schema.PARTS``. Raises ``Refused``."""
+    """Check types and ranges of a whole params.yaml of this form; ``parts`` as in ``schema.SECTIONS``. Raises ``Refused``."""
     try:
         return form.model_validate(content)
     except ValidationError as error:

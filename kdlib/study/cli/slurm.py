@@ -1,6 +1,6 @@
 """A study as a Slurm job, through submitit: asked for, begun on each of its machines, saved before they are taken away, and gone on with.
 
-submitit has Slurm warn a job before its time is over or it is pre-empted, calls ``Machine.checkpoint`` then, and puts the job into the
+submitit has Slurm warn a job before its time is over or it is pre-empted, calls ``NodeTask.checkpoint`` then, and puts the job into the
 queue again. Where Slurm does the latter itself it only sends SIGTERM, to every process, and that is enough to save.
 """
 

@@ -184,7 +184,7 @@ def gc(root: Path, free: bool) -> None:
 
 
 def compare(committed: pd.DataFrame, measured: pd.DataFrame) -> tuple[int, list[str]]:
-    """How many of the committed verdicts were reproduced, and one line for each that was not. Frames as tables.verdicts gives them."""
+    """How many of the committed verdicts were reproduced, and one line for each that was not. Frames as ``verdict_table`` gives them."""
     keys = ["question", "comparison", "method", "baseline"]
     joined = committed.merge(measured, on=keys, how="left", suffixes=("", "_here"))
     rows = joined.fillna({"verdict_here": "not measured"}).to_dict("records")

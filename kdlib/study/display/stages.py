@@ -1,4 +1,4 @@
-"""What the stages' notebooks show of one data set, one teacher, one comparison. Figures of the whole study are in plots.py."""
+"""What the stages' notebooks show of one data set, one teacher, one comparison. Figures of the whole study: kdlib.study.report.plots."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
