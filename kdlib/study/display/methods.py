@@ -35,7 +35,7 @@ BATCH = Batch(
 )
 
 
-def said(who: str) -> Output:
+def output_of(who: str) -> Output:
     """What the "student" or the "teacher" says of the four images; embedding and maps are a fixed draw, rounded to one decimal."""
     shape, logits = {"student": (STUDENT, STUDENT_LOGITS), "teacher": (TEACHER, TEACHER_LOGITS)}[who]
     rng = generator("toy", who)
@@ -45,7 +45,7 @@ def said(who: str) -> Output:
     return Output(torch.tensor(logits), embedding, tuple(stage.relu() for stage in before), tuple(before))
 
 
-def made(name: str, parameters: Mapping[str, float]) -> Method:
+def adapted_method(name: str, parameters: Mapping[str, float]) -> Method:
     """A method with its adapters, the same ones in each call."""
     with torch.random.fork_rng():
         seed_torch("toy", "adapters")
@@ -68,7 +68,7 @@ def looks(method: Method) -> dict[str, str]:
     def own(batch: Batch) -> list[float]:
         remembers = copy.deepcopy(method)
         with torch.no_grad():
-            first, then = (terms(remembers, said("student"), said("teacher"), batch) for _ in range(2))
+            first, then = (terms(remembers, output_of("student"), output_of("teacher"), batch) for _ in range(2))
         return [value.item() for step in (first, then) for key, value in step.items() if key != "hard"]
 
     changed = {
@@ -91,7 +91,7 @@ def _parts(asks: Asks) -> str:
 
 def method_card(name: str, parameters: Mapping[str, float]) -> str:
     """A method's equation, paper, parameters and what it looks at, as Markdown."""
-    method = made(name, parameters)
+    method = adapted_method(name, parameters)
     rows = looks(method) | {"params.yaml": ", ".join(f"{key} {value:g}" for key, value in parameters.items())}
     table = "\n".join(f"| {what} | {answer} |" for what, answer in rows.items())
     return f"## {name}\n\n{paper(name)}\n\n$${method.equation}$$\n\n| it looks at | |\n|---|---|\n{table}\n"
@@ -104,14 +104,14 @@ def paper(name: str) -> str:
 
 def values(name: str, parameters: Mapping[str, float]) -> pd.DataFrame:
     """The terms of the loss, weighted as in training, in one row."""
-    parts = terms(made(name, parameters), said("student"), said("teacher"), BATCH)
+    parts = terms(adapted_method(name, parameters), output_of("student"), output_of("teacher"), BATCH)
     return pd.DataFrame({key: [value.item()] for key, value in parts.items()}, index=["value"]).round(4)
 
 
 def gradient(name: str, parameters: Mapping[str, float]) -> Output:
     """Of a method's own terms (of the hard loss where it has none) by all that the student says; zero where it does not look."""
-    student = _each(said("student"), lambda tensor: tensor.clone().requires_grad_())
-    parts = terms(made(name, parameters), student, said("teacher"), BATCH)
+    student = _each(output_of("student"), lambda tensor: tensor.clone().requires_grad_())
+    parts = terms(adapted_method(name, parameters), student, output_of("teacher"), BATCH)
     own = [value for key, value in parts.items() if key != "hard"] or list(parts.values())
     torch.stack(own).sum().backward()
 
@@ -128,7 +128,7 @@ def probabilities() -> Figure:
     """The four images: probabilities at temperature 1 that student and teacher give the classes, the label in bold type."""
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.2))
     for axis, who in zip(axes, ("student", "teacher"), strict=True):
-        _heat(axis, said(who).logits.softmax(dim=1), f"{who}'s probabilities", CLASSES, "Blues")
+        _heat(axis, output_of(who).logits.softmax(dim=1), f"{who}'s probabilities", CLASSES, "Blues")
         for row, label in enumerate(BATCH.labels.tolist()):
             axis.texts[3 * row + label].set_fontweight("bold")
     return _finished(figure)
