@@ -38,15 +38,15 @@ class Bench:
 
     shapes: Shapes
     device: torch.device
-    study: Params
+    params: Params
 
     @property
     def baseline(self) -> str:
-        return self.study.study.baseline
+        return self.params.study.baseline
 
     def method(self, name: str, teacher: OutputShape, images: int) -> Method:
         torch.manual_seed(0)
-        parameters = dict(self.study.methods[name])
+        parameters = dict(self.params.methods[name])
         method = METHODS[name](**parameters | {key: value for key, value in AT_SCALE.items() if key in parameters})
         method.adapt(Setup(self.shapes.student, teacher, torch.randint(self.shapes.student.classes, (images,))))
         return method.to(self.device)

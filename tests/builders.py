@@ -77,7 +77,7 @@ METHODWISE = {
 }
 
 
-def study(**changes: Any) -> Params:
+def params(**changes: Any) -> Params:
     """Two scales, two recipes, one sweep; ``changes`` replace keys of the section ``study``."""
     teacher = {"data": "digits", "model": "net", "size": None, "recipe": "weak", "seed": 0, "checkpoint": None, "min_top1": 0.5}
     comparisons = {
@@ -116,7 +116,7 @@ SECONDS = {"no_kd": 9.0, "maps_only": 15.0, "ranks": 11.0}  # of seed 0; the oth
 
 def methodwise(**changes: Any) -> Params:
     """The study of ``METHODWISE``; ``changes`` replace keys of the section ``study``."""
-    content = study().model_dump()
+    content = params().model_dump()
     content["study"] |= {"tables": ["methods", "losses", "measures"], "headline": {"data": "digits", "recipes": ["weak"]}}
     content["study"] |= {"challengers": ["no_kd", "maps_only", "dkd", "ranks"], **changes}
     content["recipes"] = {f"weak{end}": {**RECIPE, "hard_loss": loss} for end, loss in (("", "ce"), ("_bce", "bce"), ("_none", "none"))}
@@ -209,4 +209,4 @@ def numbers(root: Path, of: Params) -> build.Numbers:
     published_here = root / published.FILE
     published_here.parent.mkdir(parents=True)
     published_here.write_bytes((Path(__file__).parents[1] / published.FILE).read_bytes())
-    return build.read(root, of, of)
+    return build.read_numbers(root, of, of)

@@ -24,7 +24,7 @@ VAL_FRACTION = 0.25
 
 def content(images: Path, cifar: Path, comparisons: Iterable[str] | None = None, **study: Any) -> dict[str, Any]:
     """The study's params.yaml with the numbers that make it long or large replaced, and of its comparisons these."""
-    made: dict[str, Any] = config.read(STUDY)
+    made: dict[str, Any] = config.read_yaml(STUDY)
     made["study"] |= study
     made["data"]["imagenet"] |= {"path": str(images), "size": SIZE, "val_fraction": VAL_FRACTION, "unreadable": 0.1}
     made["data"]["cifar100"] |= {"path": str(cifar), "val_fraction": 0.5}

@@ -301,7 +301,7 @@ def test_a_batch_larger_than_the_fraction_is_refused_before_the_teacher_is_train
         with untouched(root), refused("recipes.weak.batch_size", "found 49", "at most the 48 training images of comparisons.small_weak"):
             call()
     whole = change(tiny.content(), "recipes.weak.batch_size", 48)
-    check_against_data(opened(root, whole).study, study.data("fractals"))  # all of them at once are allowed
+    check_against_data(opened(root, whole).params, study.data("fractals"))  # all of them at once are allowed
 
 
 @pytest.mark.usefixtures("no_training")

@@ -79,11 +79,11 @@ def join(*steps: str) -> str:
 
 
 def test_the_default_study_and_the_tiny_one_are_accepted_and_frozen(tmp_path: Path) -> None:
-    study = config.load(tiny.ROOT)
-    assert study.study.baseline in study.methods
-    study = config.load(tiny.write(tmp_path, full()))
-    assert study.recipes["weak"].epochs == 4 and isinstance(study.recipes["weak"].epochs, float)
-    assert {name: type(source).__name__ for name, source in study.data.items()} == {
+    params = config.load(tiny.ROOT)
+    assert params.study.baseline in params.methods
+    params = config.load(tiny.write(tmp_path, full()))
+    assert params.recipes["weak"].epochs == 4 and isinstance(params.recipes["weak"].epochs, float)
+    assert {name: type(source).__name__ for name, source in params.data.items()} == {
         "fractals": "Fractals",
         "my_digits": "Digits",
         "my_folder": "Folder",
@@ -92,7 +92,7 @@ def test_the_default_study_and_the_tiny_one_are_accepted_and_frozen(tmp_path: Pa
         "my_originals": "Originals",
     }
     with pytest.raises(ValidationError, match="frozen"):
-        study.study.baseline = "dkd"  # type: ignore[misc]
+        params.study.baseline = "dkd"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_numbers_are_those_of_yaml_1_2_and_of_dvc(tmp_path: Path, text: str, val
     assert text in file.read_text()
     assert config.load(root).recipes["weak"].learning_rate == value
     dvc = pytest.importorskip("dvc.utils.serialize")
-    assert dvc.parse_yaml(file.read_text(), str(file)) == config.read(root)
+    assert dvc.parse_yaml(file.read_text(), str(file)) == config.read_yaml(root)
 
 
 def test_a_number_in_quotes_is_text(tmp_path: Path) -> None:
@@ -472,8 +472,8 @@ def test_trials_are_every_point_in_the_order_of_the_file() -> None:
 
 def test_a_trial_takes_what_its_grid_does_not_name_from_methods() -> None:
     content = change(full(), "methods.dkd.alpha", 0.5)
-    study = config.parse(change(content, "comparisons.tuned.sweep.grids.dkd", {"beta": [0.25, 1e-7]}))
-    trials = planned.trials_of(study.comparisons["tuned"], study)
+    params = config.parse(change(content, "comparisons.tuned.sweep.grids.dkd", {"beta": [0.25, 1e-7]}))
+    trials = planned.trials_of(params.comparisons["tuned"], params)
     assert [trial.name for trial in trials] == [
         "trial/kd.temperature_1",
         "trial/kd.temperature_2",
@@ -482,16 +482,16 @@ def test_a_trial_takes_what_its_grid_does_not_name_from_methods() -> None:
     ]
     own = {"hard_weight": 1.0, "weight": 1.0, "warmup": 0.0, "alpha": 0.5, "beta": 0.25, "temperature": 1.0}
     assert trials[2] == planned.Variant("trial/dkd.beta_0.25", "dkd", own, trial=True)
-    assert planned.trials_of(study.comparisons["small_weak"], study) == []
+    assert planned.trials_of(params.comparisons["small_weak"], params) == []
 
 
 def test_the_runs_of_the_tiny_study_by_hand() -> None:
-    study = config.parse(tiny.content())
+    params = config.parse(tiny.content())
     small = [("small_weak", method, seed) for method in ("no_kd", "kd", "dkd", "dist") for seed in (0, 1)]
     large = [("large_strong", method, seed) for method in ("kd", "dkd") for seed in (0, 1)]
     tuned = [("tuned", f"trial/{trial}", 7) for trial in ("kd.temperature_1", "kd.temperature_2", "dkd.beta_1", "dkd.beta_2")]
     tuned += [("tuned", f"{method}_tuned", seed) for method in ("kd", "dkd") for seed in (0, 1)]
-    assert planned.expected(study) == small + large + tuned
+    assert planned.expected(params) == small + large + tuned
 
 
 VALUES = st.lists(st.floats(0, 1e12) | st.floats(1, 1.0001), min_size=2, max_size=2, unique=True)
@@ -513,15 +513,15 @@ def test_no_two_runs_of_a_study_share_a_name(temperature: list[float], weight: l
 @given(st.floats(0, 1e30), st.floats(0, 1e30))
 def test_a_name_tells_values_apart_that_differ_in_the_last_bit(a: float, b: float) -> None:
     assume(a != b)
-    study = config.parse(change(tiny.content(), "comparisons.tuned.sweep.grids", {"kd": {"weight": [a, b]}}))
-    first, second = planned.trials_of(study.comparisons["tuned"], study)
+    params = config.parse(change(tiny.content(), "comparisons.tuned.sweep.grids", {"kd": {"weight": [a, b]}}))
+    first, second = planned.trials_of(params.comparisons["tuned"], params)
     assert [float(trial.name.rpartition("weight_")[2]) for trial in (first, second)] == [a, b]
 
 
 def test_yaml_as_written_is_yaml_as_read(tmp_path: Path) -> None:
     """What tiny.write leaves is what these tests changed: no fault of theirs can hide in the writing."""
     tiny.write(tmp_path, full())
-    assert YAML(typ="safe", pure=True).load((tmp_path / "params.yaml").read_text()) == full() == config.read(tmp_path)
+    assert YAML(typ="safe", pure=True).load((tmp_path / "params.yaml").read_text()) == full() == config.read_yaml(tmp_path)
 
 
 def test_entries_that_only_wait_to_be_uncommented_are_accepted() -> None:

@@ -33,7 +33,7 @@ from kdlib.models.build import build
 from kdlib.parallel.launch import RankFailed, run_distributed
 from kdlib.parallel.ranks import any_rank, from_rank_zero, gather_ranks, mean_over_ranks, rank, wait_for_all
 from kdlib.seed import seed_torch
-from kdlib.study.training.checks import check_launch
+from kdlib.study.training.checks import check_machines
 from kdlib.study.training.experiment import Diverged, Experiment
 from kdlib.types import Batch, Setup
 from kdlib.views.stream import ViewStream
@@ -314,7 +314,7 @@ def test_what_cannot_be_started_is_refused(tmp_path: Path, change: dict[str, Any
 def test_more_processes_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(Refused, match=r"study.launch.processes: found 2; allowed: at most the 1 GPUs of this machine; start fewer"):
-        check_launch(config.load(tiny.write(tmp_path, content())))
+        check_machines(config.load(tiny.write(tmp_path, content())).study.launch)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path) -> None:

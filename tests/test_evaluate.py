@@ -248,7 +248,7 @@ def test_weights_without_finite_logits_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_the_authors_announced() -> None:
-    numbers = published.read(tiny.ROOT)
+    numbers = published.read_published(tiny.ROOT)
     assert published.announced(numbers, "resnet50") == pytest.approx({"top1": 0.8308, "top5": 0.9635})
     assert published.announced(numbers, "vit_tiny_patch16_224") == pytest.approx({"top1": 0.7811, "top5": 0.9426})
     assert published.announced(numbers, "vit_small_patch16_224")["top1"] == pytest.approx(0.8433)

@@ -33,7 +33,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     made = Experiment(root)
     made.prepare_data("fractals")
     made.make_teacher("small")
-    for name in made.study.comparisons:
+    for name in made.params.comparisons:
         made.distill(name)
     return made
 
@@ -120,7 +120,7 @@ def test_finished_has_every_run_with_all_columns(experiment: Experiment) -> None
     runs = explore.finished(experiment)
     assert runs.index.names == ["comparison", "variant", "seed"]
     assert list(runs.reset_index()[collect.COLUMNS]) == collect.COLUMNS
-    assert list(runs.index.unique("comparison")) == list(experiment.study.comparisons)
+    assert list(runs.index.unique("comparison")) == list(experiment.params.comparisons)
     assert runs["trial"].sum() == 4
     assert set(runs["status"]) == {"finished"}
 
@@ -143,7 +143,7 @@ def test_without_runs_one_line_says_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_answers_agree_with_the_measures_of_the_run(experiment: Experiment, split: str) -> None:
     folder = planned.run_folder(experiment.root, ("small_weak", "dist", 1))
-    answers = explore.answers(experiment, "small_weak", folder, split)
+    answers = explore.predictions(experiment, "small_weak", folder, split)
     measured = json.loads((folder / "metrics.json").read_text())
     taught = json.loads((experiment.root / "runs/teacher/small/metrics.json").read_text())
     labels = getattr(experiment.data("fractals"), split).labels
@@ -165,9 +165,9 @@ def test_answers_refuse_what_diverged_and_what_is_unknown(experiment: Experiment
         tmp_path / "weights.safetensors",
     )
     with pytest.raises(Refused, match="diverged"):
-        explore.answers(experiment, "small_weak", tmp_path)
+        explore.predictions(experiment, "small_weak", tmp_path)
     with pytest.raises(Refused, match="did you mean 'small_weak'"):
-        explore.answers(experiment, "small_week", folder)
+        explore.predictions(experiment, "small_week", folder)
 
 
 def test_equal_numbers_are_one_run(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     made = Experiment(tiny.write(tmp_path_factory.mktemp("a study"), content))
     made.prepare_data("fractals")
     made.make_teacher("small")
-    for name in made.study.comparisons:
+    for name in made.params.comparisons:
         made.distill(name)
     return made
 

@@ -22,7 +22,7 @@ from kdlib.models.checkpoints import load_checkpoint
 from kdlib.study.cli.export import export
 from kdlib.study.cli.study import _stages
 from kdlib.study.report import build
-from kdlib.study.report.render import write
+from kdlib.study.report.render import write_table
 from kdlib.study.training import planned
 from kdlib.study.training.experiment import Experiment
 from tests import imagenet, jpegs, published_recipes, tiny, training
@@ -85,7 +85,7 @@ def again(study: Experiment, root: Path, made: dict[str, Any]) -> Path:
 
 def check_finished(study: Experiment, name: str) -> None:
     folders = {path.parent: read_json(path) for path in (study.root / "runs" / "distill" / name).rglob("metrics.json")}
-    assert len(folders) == len(study.study.comparisons[name].methods)
+    assert len(folders) == len(study.params.comparisons[name].methods)
     for folder, metrics in folders.items():
         assert metrics["status"] == "finished"
         assert np.isfinite(pd.read_csv(folder / "curve.csv")["loss"]).all()
@@ -97,11 +97,11 @@ def test_every_student_learns_from_its_teacher(study: Experiment) -> None:
 
 
 def test_its_tables_put_published_numbers_beside_measured_ones(study: Experiment) -> None:
-    made = build.made(study.root, study.study)
-    numbers = build.read(study.root, made, study.study)
+    made = build.finished_part(study.root, study.params)
+    numbers = build.read_numbers(study.root, made, study.params)
     out = study.root / "results"
-    for table in build.build(made, numbers):
-        write(table, out / "tables")
+    for table in build.build_tables(made, numbers):
+        write_table(table, out / "tables")
     found = pd.read_csv(out / "tables" / "published.csv")
     ours = found[found["comparison"] == REPEATED]
     assert len(ours)
@@ -145,7 +145,7 @@ def test_an_exported_student_scores_as_its_run_did(study: Experiment, tmp_path: 
     """Read by the way that released files take, and measured on the test images anew."""
     run = ("t6_vit_tiny", "kd", 0)
     export(study, run, tmp_path)
-    model, data = study.study.comparisons[run[0]].student, study.data("imagenet")
+    model, data = study.params.comparisons[run[0]].student, study.data("imagenet")
     made = load_checkpoint("CHECKPOINT", tmp_path / "model.safetensors", model, (data.classes, data.channels, data.size))
     logits = predict(made.eval(), data.test.images, imagenet.BATCH, training.CPU)
     metrics = read_json(planned.run_folder(study.root, run) / "metrics.json")

@@ -86,7 +86,7 @@ def test_a_gradient_where_a_method_looks_and_nowhere_else(name: str) -> None:
 @every_method
 def test_what_it_looks_at_is_what_it_says(name: str) -> None:
     method = METHODS[name]
-    found = methods.looks(methods.made(name, PARAMETERS[name]))
+    found = methods.looks(methods.adapted_method(name, PARAMETERS[name]))
     for part in method.asks_teacher:
         assert part.value in found["of the student"] + found["of the teacher"]
     assert ("per-device" in found["of the batch"]) == method.relational
@@ -95,7 +95,7 @@ def test_what_it_looks_at_is_what_it_says(name: str) -> None:
 
 def test_what_a_method_depends_on_is_seen() -> None:
     def looks(name: str) -> str:
-        return methods.looks(methods.made(name, PARAMETERS[name]))["of the batch"]
+        return methods.looks(methods.adapted_method(name, PARAMETERS[name]))["of the batch"]
 
     assert looks("kd") == "nothing"
     assert looks("dkd") == "the label"
@@ -103,7 +103,7 @@ def test_what_a_method_depends_on_is_seen() -> None:
 
 
 def test_values_and_gradient_by_hand() -> None:
-    p, q = (methods.said(who).logits.double().softmax(dim=1) for who in ("student", "teacher"))
+    p, q = (methods.output_of(who).logits.double().softmax(dim=1) for who in ("student", "teacher"))
     parameters = {"hard_weight": 0.5, "weight": 2.0, "temperature": 1.0}
     values = methods.values("kd", parameters).loc["value"]
     assert values["hard"] == pytest.approx(-0.5 * p.log().gather(1, methods.BATCH.labels[:, None]).mean().item(), abs=1e-4)

@@ -73,7 +73,7 @@ def test_parameters(path: Path) -> None:
             values[line.targets[0].id] = ast.literal_eval(line.value)
         assert json.loads(json.dumps(values)) == values
         assert list(values) == ["name"]
-        assert values["name"] in config.read(ROOT)[section]
+        assert values["name"] in config.read_yaml(ROOT)[section]
 
 
 @each
@@ -113,7 +113,7 @@ def test_threads_sleep_where_others_work(monkeypatch: pytest.MonkeyPatch, load: 
 
 
 def test_explore_takes_every_name_from_the_study() -> None:
-    content = config.read(ROOT)
+    content = config.read_yaml(ROOT)
     names = {name for section in ("data", "teachers", "recipes", "methods", "comparisons") for name in content[section]}
     names |= {parameter for parameters in content["methods"].values() for parameter in parameters}
     cells = [_python(cell) for cell in _cells(ROOT / "notebooks" / "explore.ipynb")]

@@ -409,10 +409,10 @@ def test_another_study_has_the_stages_of_the_default_one() -> None:
 
 
 def test_stage_names_do_not_collide() -> None:
-    study = load(tiny.ROOT)
+    params = load(tiny.ROOT)
     listed = [
         f"{kind}@{name}"
-        for kind, names in (("data", study.data), ("teacher", study.teachers), ("distill", study.comparisons))
+        for kind, names in (("data", params.data), ("teacher", params.teachers), ("distill", params.comparisons))
         for name in names
     ]
     lock = YAML(typ="safe", pure=True).load((tiny.ROOT / "dvc.lock").read_text())["stages"]

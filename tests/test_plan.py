@@ -9,7 +9,7 @@ import pytest
 
 from kdlib.errors import Refused
 from kdlib.study.cli import study
-from kdlib.study.cost.estimate import Forecast, Row, largest_group
+from kdlib.study.cost.estimate import Row, largest_group
 from kdlib.study.cost.plan import Kind, check_disk, too_large
 from kdlib.study.cost.table import WIDTH, frame, notes, screen
 from kdlib.study.training.experiment import Experiment
@@ -84,18 +84,14 @@ def test_decoding_is_timed_once_the_images_are_listed(tmp_path: Path, monkeypatc
 
 
 def test_decoding_that_takes_longer_than_training_is_told() -> None:
-    rows = [
-        Row("comparison", name, "net", "resnet50", "large", "a2", Forecast(3, decoding=share))
-        for name, share in (("t2", 0.9), ("t3", 2.04))
-    ]
+    rows = [Row("comparison", name, "net", "resnet50", "large", "a2", 3, decoding=share) for name, share in (("t2", 0.9), ("t3", 2.04))]
     told = [note for note in notes(rows, "a GPU", 1, 1, []) if "decoding" in note]
     assert told == ["t3: reading and decoding take 2 times what training takes; more cores would help"]
 
 
 def test_hours_of_a_gpu_are_named_so_in_lines_that_fit_a_screen() -> None:
-    rows = [
-        Row("comparison", "a_rather_long_name_of_one", "net", "convnextv2_tiny" * 3, "large", "a2", Forecast(3, 10**9, 10**20, 3e3, 98.6))
-    ]
+    known = {"images": 10**9, "flops": 10**20, "images_a_second": 3e3, "hours": 98.6}
+    rows = [Row("comparison", "a_rather_long_name_of_one", "net", "convnextv2_tiny" * 3, "large", "a2", 3, **known)]
     for on_gpu, head in ((True, "GPU time"), (False, "time")):
         heads, line, _ = screen(rows, on_gpu).splitlines()
         assert head in [one.strip() for one in heads.split("  ")]
@@ -104,7 +100,7 @@ def test_hours_of_a_gpu_are_named_so_in_lines_that_fit_a_screen() -> None:
 
 
 def test_operations_may_be_too_many_for_64_bits() -> None:
-    made = frame([Row("comparison", "t3", "net", "resnet50", "large", "a2", Forecast(3, images=10**9, flops=10**20))])
+    made = frame([Row("comparison", "t3", "net", "resnet50", "large", "a2", 3, images=10**9, flops=10**20)])
     assert made["flops"].tolist() == [1e20]
 
 
@@ -131,7 +127,7 @@ def test_memory_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_disk_that_is_too_small_is_refused() -> None:
-    needs = Forecast(3, weights_bytes=4 * 10**9, checkpoint_bytes=10**9, answers_bytes=20 * 10**9)
+    needs = Row("", "total", "", "", None, "", 3, weights_bytes=4 * 10**9, checkpoint_bytes=10**9, answers_bytes=20 * 10**9)
     check_disk(needs, 25 * 10**9)
     with refused("study.answers_gb", "25 GB", "set it to 0"):
         check_disk(needs, 24 * 10**9)

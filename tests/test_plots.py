@@ -10,21 +10,20 @@ from matplotlib.figure import Figure
 from kdlib.config.schema import Params
 from kdlib.study.report import build, plots
 from kdlib.study.report.plots import scales
-from kdlib.study.report.plots.curves import learning_curves, teacher_curve
-from kdlib.study.report.plots.scales import data_scale
-from kdlib.study.report.plots.style import colours, save
-from kdlib.study.report.plots.tuning import grids
+from kdlib.study.report.plots.curves import plot_grids, plot_learning_curves, plot_teachers
+from kdlib.study.report.plots.scales import plot_data_scale
+from kdlib.study.report.plots.style import colours, save_figure
 from tests import builders
 
 
 @pytest.fixture(scope="module")
-def study() -> Params:
-    return builders.study()
+def params() -> Params:
+    return builders.params()
 
 
 @pytest.fixture(scope="module")
-def found(study: Params, tmp_path_factory: pytest.TempPathFactory) -> build.Numbers:
-    return builders.numbers(tmp_path_factory.mktemp("study"), study)
+def found(params: Params, tmp_path_factory: pytest.TempPathFactory) -> build.Numbers:
+    return builders.numbers(tmp_path_factory.mktemp("study"), params)
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +44,14 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def test_the_figures_are_those_of_the_tables(study: Params, found: build.Numbers) -> None:
-    assert list(plots.build(study, found)) == ["teachers", "data_scale", "accuracy_digits", "learning_curves_digits", "grid_tune"]
-    assert list(plots.build(builders.study(tables=["cost", "measures"]), found)) == ["teachers"]
+def test_the_figures_are_those_of_the_tables(params: Params, found: build.Numbers) -> None:
+    assert list(plots.build_figures(params, found)) == ["teachers", "data_scale", "accuracy_digits", "learning_curves_digits", "grid_tune"]
+    assert list(plots.build_figures(builders.params(tables=["cost", "measures"]), found)) == ["teachers"]
     assert set(plots.FIGURES) <= set(build.TABLES)
 
 
-def test_the_figure_of_data_scale_draws_the_leads(study: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
-    figure = data_scale(study, runs, numbers)
+def test_the_figure_of_data_scale_draws_the_leads(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
+    figure = plot_data_scale(params, runs, numbers)
     weak, strong, paper = figure.axes
     drawn = {container.get_label(): container[0].get_ydata() for container in weak.containers}
     assert drawn["dkd"] == pytest.approx([31 / 3, 5 / 3])
@@ -65,44 +64,44 @@ def test_the_figure_of_data_scale_draws_the_leads(study: Params, runs: pd.DataFr
     assert all(low <= y <= high for segment in ends for _, y in segment), "no interval is cut off"
 
 
-def test_the_other_figures_show_every_run(study: Params, runs: pd.DataFrame) -> None:
-    dots = scales.accuracy(study, runs, "digits")
+def test_the_other_figures_show_every_run(params: Params, runs: pd.DataFrame) -> None:
+    dots = scales.plot_accuracies(params, runs, "digits")
     assert (
         sum(len(collection.get_offsets()) for panel in dots.axes for collection in panel.collections if len(collection.get_offsets()) == 3)
         == 48
     )
-    squares = grids(study, runs, "tune")
+    squares = plot_grids(params, runs, "tune")
     assert [patch.get_xy() for panel in squares.axes for patch in panel.patches] == [(0, 1), (1, 1)], "the frames of the chosen points"
-    lines = learning_curves(study, curves(runs), "digits")
+    lines = plot_learning_curves(params, curves(runs), "digits")
     assert [len(panel.lines) for panel in lines.axes] == [4 * (3 + 1)] * 4
-    teacher = teacher_curve(curves(runs).query("variant == 'kd'").rename(columns={"comparison": "teacher"}), builders.TEACHERS)
+    teacher = plot_teachers(curves(runs).query("variant == 'kd'").rename(columns={"comparison": "teacher"}), builders.TEACHERS)
     assert teacher.get_suptitle()
 
 
-def test_a_diverged_seed_does_not_bend_the_mean_curve(study: Params, runs: pd.DataFrame) -> None:
+def test_a_diverged_seed_does_not_bend_the_mean_curve(params: Params, runs: pd.DataFrame) -> None:
     frame = curves(runs)
     frame = frame[~((frame["comparison"] == "small_weak") & (frame["variant"] == "kd") & (frame["seed"] == 1) & (frame["epoch"] > 1))]
-    panel = learning_curves(study, frame, "digits").axes[0]
+    panel = plot_learning_curves(params, frame, "digits").axes[0]
     mean = next(line for line in panel.lines if line.get_label() == "kd (n=2)")
     assert mean.get_ydata() == pytest.approx([51 / 3, 34, 51])
 
 
-def test_saved_figures_repeat_byte_for_byte(study: Params, runs: pd.DataFrame, numbers: pd.DataFrame, tmp_path: Path) -> None:
+def test_saved_figures_repeat_byte_for_byte(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, tmp_path: Path) -> None:
     for folder in ("a", "b"):
-        save(data_scale(study, runs, numbers), tmp_path / folder, "data_scale")
+        save_figure(plot_data_scale(params, runs, numbers), tmp_path / folder, "data_scale")
     for name in ("data_scale.svg", "data_scale.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert "<dc:date>" not in (tmp_path / "a" / "data_scale.svg").read_text()
 
 
-def test_a_method_has_one_colour_in_every_figure(study: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
-    wanted = colours(study)["dkd"]
-    assert colours(study)["dkd_tuned"] == wanted
-    assert len(set(colours(study).values())) == len(study.methods)
+def test_a_method_has_one_colour_in_every_figure(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> None:
+    wanted = colours(params)["dkd"]
+    assert colours(params)["dkd_tuned"] == wanted
+    assert len(set(colours(params).values())) == len(params.methods)
 
     def drawn(figure: Figure, label: str) -> tuple[float, float, float]:
         return to_rgb(next(line for line in figure.axes[0].lines if line.get_label() == label).get_color())
 
-    assert drawn(learning_curves(study, curves(runs), "digits"), "dkd (n=3)") == pytest.approx(wanted)
-    bar = data_scale(study, runs, numbers).axes[-1].containers[0]
+    assert drawn(plot_learning_curves(params, curves(runs), "digits"), "dkd (n=3)") == pytest.approx(wanted)
+    bar = plot_data_scale(params, runs, numbers).axes[-1].containers[0]
     assert bar.get_label() == "dkd" and to_rgb(bar[0].get_facecolor()) == pytest.approx(wanted)

@@ -121,7 +121,7 @@ REPEATS_NOTHING = {
     "kdlib.decoding.worker",  # passes on what kdlib.decoding.pixels makes
     *(f"kdlib.data.sources.{name}" for name in ("class_map", "huggingface", "listing")),
     "kdlib.decoding.shards",  # what they find is in the data's fingerprint
-    *("kdlib.study.report.plots", *(f"kdlib.study.report.plots.{name}" for name in ("by_method", "curves", "scales", "style", "tuning"))),
+    *("kdlib.study.report.plots", *(f"kdlib.study.report.plots.{name}" for name in ("by_method", "curves", "scales", "style"))),
     *(
         "kdlib.study.report.build",
         *(
@@ -378,7 +378,7 @@ def plans(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str, i
         found.update({(comparison, plan.variant.name, plan.seed): plan.fingerprint for plan in planned})
 
     monkeypatch.setattr(study, "_complete", note)
-    for name, comparison in study.study.comparisons.items():
+    for name, comparison in study.params.comparisons.items():
         if comparison.sweep is None:
             monkeypatch.setattr(study, "_export", lambda *_: root)
             study.distill(name)

@@ -26,27 +26,27 @@ REPEATED = {
 
 
 @pytest.fixture(scope="module")
-def study() -> Params:
-    return builders.study(published=REPEATED, missing="blank", tables=["published", *builders.TABLES])
+def params() -> Params:
+    return builders.params(published=REPEATED, missing="blank", tables=["published", *builders.TABLES])
 
 
 @pytest.fixture(scope="module")
-def root(study: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(params: Params, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
-    builders.numbers(folder, study)
+    builders.numbers(folder, params)
     return folder
 
 
 def table(root: Path, planned: Params) -> Table:
-    made = build.made(root, planned)
-    first, *others = build.build(made, build.read(root, made, planned))
+    made = build.finished_part(root, planned)
+    first, *others = build.build_tables(made, build.read_numbers(root, made, planned))
     assert len(others) >= len(builders.TABLES)
     return first
 
 
-def test_every_published_number_stands_beside_what_was_measured(root: Path, study: Params) -> None:
-    found = table(root, study)
-    assert len(found.frame) == len(found.shown) == len(build.read(root, study, study).published) + 1  # one is repeated twice
+def test_every_published_number_stands_beside_what_was_measured(root: Path, params: Params) -> None:
+    found = table(root, params)
+    assert len(found.frame) == len(found.shown) == len(build.read_numbers(root, params, params).published) + 1  # one is repeated twice
     kd = pick(found.frame, comparison="large_weak", method="kd", metric="top1")
     assert (kd["value"], kd["mean"], kd["n"]) == (71.03, pytest.approx(0.71), 3)
     assert kd["gap"] == pytest.approx(-0.0003)
@@ -59,22 +59,22 @@ def test_every_published_number_stands_beside_what_was_measured(root: Path, stud
     assert shown["measured minus published"] in ("0.0", f"{MINUS}0.0")
 
 
-def test_a_number_beyond_the_interval_is_not_met(root: Path, study: Params) -> None:
-    numbers = build.read(root, study, study)
+def test_a_number_beyond_the_interval_is_not_met(root: Path, params: Params) -> None:
+    numbers = build.read_numbers(root, params, params)
     for value, verdict in ((60.0, "above"), (90.0, "below")):
         numbers.published["value"] = value
-        row = pick(build.build(study, numbers)[0].frame, comparison="large_weak", method="kd", metric="top1")
+        row = pick(build.build_tables(params, numbers)[0].frame, comparison="large_weak", method="kd", metric="top1")
         assert row["verdict"] == verdict
 
 
-def test_a_published_lead_is_paired_by_seed(root: Path, study: Params) -> None:
-    lead = pick(table(root, study).frame, comparison="large_strong", method="dist_minus_kd")
+def test_a_published_lead_is_paired_by_seed(root: Path, params: Params) -> None:
+    lead = pick(table(root, params).frame, comparison="large_strong", method="dist_minus_kd")
     assert lead["mean"] == pytest.approx((0.70 + 0.71 + 0.73 - 0.71 - 0.72 - 0.73) / 3)
     assert lead["value"] == -0.46
 
 
-def test_assumed_settings_give_no_verdict(root: Path, study: Params) -> None:
-    found = table(root, study).frame
+def test_assumed_settings_give_no_verdict(root: Path, params: Params) -> None:
+    found = table(root, params).frame
     assert set(found.loc[found["comparison"] == "small_weak", "verdict"]) == {"assumed settings"}
     student = pick(found, comparison="small_weak", method="student")
     assert student["mean"] == pytest.approx(0.41)  # of the method without a teacher
@@ -82,15 +82,15 @@ def test_assumed_settings_give_no_verdict(root: Path, study: Params) -> None:
     assert (teacher["mean"], teacher["n"]) == (0.9, 1)
 
 
-def test_each_measure_is_set_beside_its_own(root: Path, study: Params) -> None:
-    numbers = build.read(root, study, study)
-    top5 = pick(build.build(study, numbers)[0].frame, comparison="large_weak", metric="top5")
+def test_each_measure_is_set_beside_its_own(root: Path, params: Params) -> None:
+    numbers = build.read_numbers(root, params, params)
+    top5 = pick(build.build_tables(params, numbers)[0].frame, comparison="large_weak", metric="top5")
     ours = numbers.runs.query("comparison == 'large_weak' and variant == 'kd'")["test_top5"]
     assert (top5["value"], top5["mean"], top5["n"]) == (96.35, pytest.approx(ours.mean()), 3)
 
 
-def test_masked_image_modelling_stands_beside_our_baseline(root: Path, study: Params) -> None:
-    found = table(root, study)
+def test_masked_image_modelling_stands_beside_our_baseline(root: Path, params: Params) -> None:
+    found = table(root, params)
     rows = found.frame[found.frame["method"] == "fcmae_best_mim"]
     assert rows["comparison"].tolist() == ["large_weak", "large_strong"]
     assert rows["mean"].tolist() == pytest.approx([pick(found.frame, comparison="large_weak", method="kd", metric="top1")["mean"], 0.72])
@@ -98,44 +98,44 @@ def test_masked_image_modelling_stands_beside_our_baseline(root: Path, study: Pa
     assert set(rows["verdict"]) == {""}
 
 
-def test_captions_name_comparisons_of_assumed_settings(root: Path, study: Params) -> None:
-    made = build.made(root, study)
+def test_captions_name_comparisons_of_assumed_settings(root: Path, params: Params) -> None:
+    made = build.finished_part(root, params)
     said = "Assumed settings, of which nobody can say that they are the paper's: small_weak."
-    for built in build.build(made, build.read(root, made, study)):
+    for built in build.build_tables(made, build.read_numbers(root, made, params)):
         assert (said in built.caption) == ("Seeds 0" in built.caption)
 
 
 def test_of_one_seed_nothing_is_said(tmp_path: Path) -> None:
-    study = builders.study(published=REPEATED, missing="blank", tables=["published", *builders.TABLES], seeds=[1])
-    builders.numbers(tmp_path, study)
-    row = pick(table(tmp_path, study).frame, comparison="large_weak", method="kd", metric="top1")
+    params = builders.params(published=REPEATED, missing="blank", tables=["published", *builders.TABLES], seeds=[1])
+    builders.numbers(tmp_path, params)
+    row = pick(table(tmp_path, params).frame, comparison="large_weak", method="kd", metric="top1")
     assert (row["mean"], row["verdict"]) == (pytest.approx(0.71), "")
 
 
-def test_what_was_not_made_is_blank(root: Path, study: Params, tmp_path: Path) -> None:
+def test_what_was_not_made_is_blank(root: Path, params: Params, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / planned.DISTILL / "large_weak" / "kd" / "seed_2")  # one run of it is missing
-    made = build.made(tmp_path, study)
-    assert set(study.comparisons) - set(made.comparisons) == {"large_weak"}
-    row = pick(table(tmp_path, study).frame, comparison="large_weak", method="kd", metric="top1")
+    made = build.finished_part(tmp_path, params)
+    assert set(params.comparisons) - set(made.comparisons) == {"large_weak"}
+    row = pick(table(tmp_path, params).frame, comparison="large_weak", method="kd", metric="top1")
     assert math.isnan(row["mean"]) and (row["n"], row["verdict"]) == (0, "")
     with pytest.raises(Refused, match=r"runs: 1 of \d+ are missing \(runs/distill/large_weak/kd/seed_2\)"):
-        build.read(tmp_path, study, study)
-    fail = builders.study(missing="fail")
-    assert build.made(tmp_path, fail) is fail
+        build.read_numbers(tmp_path, params, params)
+    fail = builders.params(missing="fail")
+    assert build.finished_part(tmp_path, fail) is fail
     shutil.rmtree(tmp_path / planned.DISTILL)
     with pytest.raises(Refused, match=r"comparisons: found 'none that was brought to its end'; allowed: at least one; run `dvc repro"):
-        build.made(tmp_path, study)
+        build.finished_part(tmp_path, params)
 
 
 def test_a_row_that_nobody_published_is_refused(root: Path) -> None:
-    wrong = builders.study(
+    wrong = builders.params(
         published={"large_weak": {"rows": [{**FIGURE, "where": {"epochs": "7"}}], "settings": "assumed"}}, tables=["published"]
     )
     with pytest.raises(Refused, match=r"study.published.large_weak: found 'figure1 with epochs 7'; allowed: rows of results/published"):
-        build.build(wrong, build.read(root, wrong, wrong))
+        build.build_tables(wrong, build.read_numbers(root, wrong, wrong))
 
 
 def test_a_comparison_that_is_not_there_is_refused() -> None:
     with pytest.raises(Refused, match=r"study.published: found 'large_weka'; allowed: .*; did you mean 'large_weak'"):
-        builders.study(published={"large_weka": {"rows": [FIGURE], "settings": "assumed"}})
+        builders.params(published={"large_weka": {"rows": [FIGURE], "settings": "assumed"}})

@@ -17,7 +17,7 @@ from tests import builders
 @pytest.fixture(scope="module")
 def study_root(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[planned.Run]]:
     root = tmp_path_factory.mktemp("a study with spaces")
-    return root, builders.study_on_disk(root, builders.study())
+    return root, builders.study_on_disk(root, builders.params())
 
 
 def test_collect_reads_what_is_expected_in_the_order_asked(study_root: tuple[Path, list[planned.Run]]) -> None:
@@ -41,7 +41,7 @@ def test_runs_csv_says_the_same_after_reading_it_back(study_root: tuple[Path, li
 
 
 def test_runs_csv_by_hand(tmp_path: Path) -> None:
-    run, metrics = next(pair for pair in builders.descriptions(builders.study()) if pair[0]["trial"])
+    run, metrics = next(pair for pair in builders.descriptions(builders.params()) if pair[0]["trial"])
     text = to_csv(collect.collect(tmp_path, [builders.write(tmp_path, run, metrics)]))
     head, row = text.removesuffix("\n").split("\n")
     assert head == ",".join(collect.COLUMNS)
@@ -54,14 +54,14 @@ def test_runs_csv_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_diverged_run_is_a_row_without_measures(tmp_path: Path) -> None:
-    run, metrics = next(pair for pair in builders.descriptions(builders.study()) if not pair[0]["trial"])
+    run, metrics = next(pair for pair in builders.descriptions(builders.params()) if not pair[0]["trial"])
     frame = collect.collect(tmp_path, [builders.write(tmp_path, run, builders.diverged(metrics))])
     assert frame.loc[0, ["status", "diverged_step"]].to_list() == ["diverged", 17]
     assert frame.filter(regex="^(val|test)_").isna().all(axis=None)
 
 
 def test_missing_runs_are_counted_and_named(tmp_path: Path) -> None:
-    expected = builders.study_on_disk(tmp_path, builders.study())
+    expected = builders.study_on_disk(tmp_path, builders.params())
     for seed in (1, 2):
         (planned.run_folder(tmp_path, ("small_weak", "dkd", seed)) / "metrics.json").unlink()
     for read in (collect.collect, collect.curves, collect.timing):
@@ -73,7 +73,7 @@ def test_missing_runs_are_counted_and_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_holds_another_run_is_refused(tmp_path: Path) -> None:
-    expected = builders.study_on_disk(tmp_path, builders.study())
+    expected = builders.study_on_disk(tmp_path, builders.params())
     folder = planned.run_folder(tmp_path, ("small_weak", "dkd", 0))
     folder.rename(folder.with_name("seed_7"))
     with pytest.raises(Refused, match="folder was moved"):

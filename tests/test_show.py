@@ -56,14 +56,14 @@ def _folder(root: Path, name: str) -> Path:
 
 
 def test_facts(data: DataSet) -> None:
-    facts = stages.facts(data)
+    facts = stages.summary(data)
     assert (facts["train images"], facts["test images"]) == (7, 6)
     assert facts["image"] == f"8 x 8 x {data.channels}"
     assert facts["mean"] == ", ".join(["0.2500"] * data.channels)
 
 
 def test_classes_shows_each_class_in_its_row(data: DataSet) -> None:
-    axes = np.array(stages.classes(data, rows=3, columns=2).axes).reshape(3, 2)
+    axes = np.array(stages.images_by_class(data, rows=3, columns=2).axes).reshape(3, 2)
     shown = [[int(axis.images[0].get_array().ravel()[0]) for axis in row] for row in axes]
     assert shown == [[0, 5], [1, 4], [2, 3]]
     assert [row[0].get_ylabel() for row in axes] == data.class_names
@@ -109,7 +109,7 @@ def test_disagreements_with_fewer_ways_or_none(data: DataSet, answers: pd.DataFr
 
 
 def test_run_puts_validation_and_test_side_by_side(tmp_path: Path) -> None:
-    found = stages.run(_folder(tmp_path, "kd"))
+    found = stages.describe_run(_folder(tmp_path, "kd"))
     assert list(found.columns) == ["/".join((tmp_path / "kd").parts[-3:])]
     assert found.iloc[:, 0].to_dict() == {
         "variant": "kd",
@@ -126,7 +126,7 @@ def test_run_puts_validation_and_test_side_by_side(tmp_path: Path) -> None:
 def test_run_of_a_trial_has_no_test(tmp_path: Path) -> None:
     folder = _folder(tmp_path, "kd")
     (folder / "metrics.json").write_text(json.dumps({"status": "finished", "val_top1": 0.5}))
-    assert stages.run(folder).iloc[-1, 0] == "0.5000"
+    assert stages.describe_run(folder).iloc[-1, 0] == "0.5000"
 
 
 def test_measures(tmp_path: Path) -> None:
@@ -134,12 +134,12 @@ def test_measures(tmp_path: Path) -> None:
     (diverged / "metrics.json").write_text(json.dumps({"status": "diverged", "diverged_step": 0}))
     pd.DataFrame(columns=["images_seen", "loss", "val_top1"]).to_csv(diverged / "curve.csv", index=False)
     named = {"mine": _folder(tmp_path, "kd"), "other": diverged}
-    found = stages.measures(named)
+    found = stages.measures_of_runs(named)
     assert list(found.columns) == ["status", "training loss", "top1", "nll"]
     assert found.loc["mine"].tolist() == ["finished", 1.5, 0.5, 1.25]
     assert found.loc["other", "status"] == "diverged"
     assert found.loc["other", ["training loss", "top1"]].isna().all()
-    assert stages.measures(named, "test").loc["mine", "top1"] == 0.4
+    assert stages.measures_of_runs(named, "test").loc["mine", "top1"] == 0.4
 
 
 def test_metrics_drops_what_is_blank_everywhere() -> None:
@@ -156,7 +156,7 @@ def test_runs_and_names(tmp_path: Path) -> None:
 
 def test_curves_colour_runs_by_method(tmp_path: Path) -> None:
     named = {f"{name}, seed {seed}": _folder(tmp_path, f"{name}{seed}") for name in ("kd", "dkd") for seed in (0, 1)}
-    left, right = stages.curves(named).axes
+    left, right = stages.training_curves(named).axes
     assert [line.get_color() for line in left.lines] == ["C0", "C0", "C1", "C1"]
     assert right.lines[0].get_xydata().tolist() == [[16, 25], [24, 50]]  # per cent, where it was measured
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["kd", "dkd"]

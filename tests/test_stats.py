@@ -29,7 +29,7 @@ def test_estimate_equals_scipys_one_sample_t_test(confidence: float) -> None:
 
 def test_paired_differences_equal_scipys_related_t_test() -> None:
     a, b = {0: 0.5, 1: 0.62, 2: 0.48, 9: 0.9}, {2: 0.41, 1: 0.6, 0: 0.43, 5: 0.1}
-    found = stats.estimate(stats.differences(a, b), 0.95)
+    found = stats.estimate(stats.paired_differences(a, b), 0.95)
     assert found.p == pytest.approx(scipy.stats.ttest_rel([0.5, 0.62, 0.48], [0.43, 0.6, 0.41]).pvalue)
     assert found.seeds == (0, 1, 2), "a seed that only one of them finished is left out"
 
@@ -40,7 +40,7 @@ def test_without_spread_there_is_no_interval_and_no_claim(values: dict[int, floa
     assert math.isnan(found.low) and math.isnan(found.high) and math.isnan(found.p)
     assert found.n == len(values)
     assert math.isnan(found.mean) == (not values)
-    assert stats.verdicts([found], 0.95)[0][0] == "inconclusive"
+    assert stats.holm_verdicts([found], 0.95)[0][0] == "inconclusive"
 
 
 @pytest.mark.parametrize("n", [3, 5])
@@ -52,7 +52,7 @@ def test_interval_covers_the_truth_as_often_as_it_says(n: int) -> None:
         seeds = draws.normal(0, 5, n)
         a = dict(enumerate(seeds + draws.normal(2, 1, n)))
         b = dict(enumerate(seeds + draws.normal(0, 1, n)))
-        found = stats.estimate(stats.differences(a, b), 0.95)
+        found = stats.estimate(stats.paired_differences(a, b), 0.95)
         covered += found.low <= 2 <= found.high
         widths.append(found.half)
         unpaired_widths.append(stats.estimate(a, 0.95).half)
@@ -67,10 +67,10 @@ def test_headline_statistic_covers_the_truth() -> None:
     for _ in range(4000):
         means = ((3.0, 0.0), (1.0, 0.5))  # the leads are 3 and .5: it shrinks by 2.5
         small, large = (
-            stats.differences(dict(enumerate(draws.normal(method, 1, 3))), dict(enumerate(draws.normal(baseline, 1, 3))))
+            stats.paired_differences(dict(enumerate(draws.normal(method, 1, 3))), dict(enumerate(draws.normal(baseline, 1, 3))))
             for method, baseline in means
         )
-        found = stats.estimate(stats.differences(small, large), 0.95)
+        found = stats.estimate(stats.paired_differences(small, large), 0.95)
         covered += found.low <= 2.5 <= found.high
     assert 0.93 <= covered / 4000 <= 0.97
 
@@ -81,7 +81,7 @@ def test_holm_keeps_the_family_wise_error_and_one_test_at_a_time_would_not() -> 
     wrong = naive = 0
     for _ in range(3000):
         family = [stats.estimate(dict(enumerate(draws.normal(0, 1, 3))), 0.95) for _ in range(8)]
-        wrong += any(word != "inconclusive" for word, _ in stats.verdicts(family, 0.95))
+        wrong += any(word != "inconclusive" for word, _ in stats.holm_verdicts(family, 0.95))
         naive += any(member.p <= 0.05 for member in family)
     assert 0.035 <= wrong / 3000 <= 0.058
     assert naive / 3000 > 0.25
@@ -122,13 +122,13 @@ def test_a_shift_of_all_values_shifts_mean_and_interval(values: dict[int, float]
 
 @given(BY_SEED, BY_SEED, st.dictionaries(st.integers(0, 20), NUMBERS))
 def test_pairing_ignores_what_a_seed_does_to_both(a: dict[int, float], b: dict[int, float], effect: dict[int, float]) -> None:
-    plain = stats.differences(a, b)
-    moved = stats.differences(*({seed: value + effect.get(seed, 0) for seed, value in method.items()} for method in (a, b)))
+    plain = stats.paired_differences(a, b)
+    moved = stats.paired_differences(*({seed: value + effect.get(seed, 0) for seed, value in method.items()} for method in (a, b)))
     assert moved == pytest.approx(plain, abs=1e-9)
     assert plain.keys() == a.keys() & b.keys()
 
 
 @given(BY_SEED, BY_SEED)
 def test_exchanging_the_methods_exchanges_the_signs(a: dict[int, float], b: dict[int, float]) -> None:
-    forward, backward = (stats.estimate(stats.differences(*pair), 0.95) for pair in ((a, b), (b, a)))
+    forward, backward = (stats.estimate(stats.paired_differences(*pair), 0.95) for pair in ((a, b), (b, a)))
     assert (forward.mean, forward.low, forward.p) == pytest.approx((-backward.mean, -backward.high, backward.p), nan_ok=True)

@@ -40,20 +40,20 @@ def test_one_name_means_one_thing_in_all_studies(one: Path, other: Path) -> None
 
 @each
 def test_a_study_is_accepted_and_has_its_tables_and_readme(folder: Path) -> None:
-    study = Experiment(folder).study
-    assert set(study.study.tables) <= set(build.TABLES)
+    params = Experiment(folder).params
+    assert set(params.study.tables) <= set(build.TABLES)
     text = (folder / "README.md").read_text("utf-8")
     assert insert_between_markers(text, "block", "results") != text
 
 
 def test_the_study_of_methods_is_like_for_like() -> None:
     """All methods at both scales under one recipe; three comparisons that differ in the hard label's loss alone."""
-    study = config.load(tiny.ROOT / "studies" / "methods")
-    items = study.comparisons
+    params = config.load(tiny.ROOT / "studies" / "methods")
+    items = params.comparisons
     assert set(items["small"].methods) == set(items["large"].methods) == set(METHODS)
-    assert {study.study.baseline, *study.study.challengers} == set(METHODS)
+    assert {params.study.baseline, *params.study.challengers} == set(METHODS)
     assert items["small"].model_copy(update={"fraction": 1.0}) == items["large"]
-    groups = hard_labels(study)
+    groups = hard_labels(params)
     assert groups == [{"ce": "large", "bce": "large_bce", "none": "large_none"}]
     assert items["large_bce"].methods == items["large_none"].methods == ["kd", "bkl"]
 

@@ -13,10 +13,10 @@ from kdlib.config import schema
 from kdlib.config.schema import Params
 from kdlib.errors import Refused
 from kdlib.study.report import build, published
-from kdlib.study.report.differences import hard_labels, leads, verdicts
+from kdlib.study.report.differences import hard_labels, leads, verdict_table
 from kdlib.study.report.readme import insert_between_markers
-from kdlib.study.report.render import MINUS, Table, latex, markdown, number, write
-from kdlib.study.report.tables.effort import grids
+from kdlib.study.report.render import MINUS, Table, latex, markdown, number, write_table
+from kdlib.study.report.tables.effort import grid_tables
 from tests import builders
 
 ROOT = Path(__file__).parents[1]
@@ -24,13 +24,13 @@ T2 = 4.302652729911275  # the .975 quantile of Student's t with 2 degrees of fre
 
 
 @pytest.fixture(scope="module")
-def study() -> Params:
-    return builders.study()
+def params() -> Params:
+    return builders.params()
 
 
 @pytest.fixture(scope="module")
-def found(study: Params, tmp_path_factory: pytest.TempPathFactory) -> build.Numbers:
-    return builders.numbers(tmp_path_factory.mktemp("study"), study)
+def found(params: Params, tmp_path_factory: pytest.TempPathFactory) -> build.Numbers:
+    return builders.numbers(tmp_path_factory.mktemp("study"), params)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def numbers(found: build.Numbers) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def everything(study: Params, found: build.Numbers) -> dict[str, Table]:
-    return {table.name: table for table in build.build(study, found)}
+def everything(params: Params, found: build.Numbers) -> dict[str, Table]:
+    return {table.name: table for table in build.build_tables(params, found)}
 
 
 def pick(frame: pd.DataFrame, **where: object) -> pd.Series:
@@ -64,17 +64,17 @@ def diverge(runs: pd.DataFrame, comparison: str, variant: str, seed: int, measur
     return runs
 
 
-def test_a_lead_by_hand(study: Params, runs: pd.DataFrame) -> None:
+def test_a_lead_by_hand(params: Params, runs: pd.DataFrame) -> None:
     """dkd minus kd is .10, .11, .10: mean .31/3, standard deviation .01/sqrt(3), half width t .01/3."""
-    row = pick(leads(study, runs), question="lead", comparison="small_weak", method="dkd")
+    row = pick(leads(params, runs), question="lead", comparison="small_weak", method="dkd")
     assert row["mean"] == pytest.approx(0.31 / 3)
     assert (row["high"] - row["low"]) / 2 == pytest.approx(T2 * 0.01 / 3)
     assert (row["n"], row["seeds"], row["verdict"], row["train_images"]) == (3, "0 1 2", "better", 100)
 
 
-def test_the_headline_by_hand(study: Params, runs: pd.DataFrame) -> None:
+def test_the_headline_by_hand(params: Params, runs: pd.DataFrame) -> None:
     """Leads of dkd: weak .10 .11 .10 at 10 %, .02 .02 .01 at 100 %; strong .05 .06 .06 at 10 %."""
-    ahead = leads(study, runs)
+    ahead = leads(params, runs)
     scale = pick(ahead, question="scale", comparison="small_weak minus large_weak", method="dkd")
     assert (scale["mean"], scale["verdict"]) == (pytest.approx((0.08 + 0.09 + 0.09) / 3), "shrinks")
     recipe = pick(ahead, question="recipe", comparison="small_weak minus small_strong", method="dkd")
@@ -82,16 +82,16 @@ def test_the_headline_by_hand(study: Params, runs: pd.DataFrame) -> None:
     assert pick(ahead, question="scale", comparison="small_weak minus large_weak", method="dist")["verdict"] == "inconclusive"
 
 
-def test_a_lead_that_grows_says_so(study: Params, runs: pd.DataFrame) -> None:
+def test_a_lead_that_grows_says_so(params: Params, runs: pd.DataFrame) -> None:
     swapped = runs.copy()
     swapped["comparison"] = runs["comparison"].replace({"small_weak": "large_weak", "large_weak": "small_weak"})
-    row = pick(leads(study, swapped), question="scale", comparison="small_weak minus large_weak", method="dkd")
+    row = pick(leads(params, swapped), question="scale", comparison="small_weak minus large_weak", method="dkd")
     assert (row["mean"], row["verdict"]) == (pytest.approx(-0.26 / 3), "grows")
 
 
-def test_each_question_is_one_family_per_data_set(study: Params, runs: pd.DataFrame) -> None:
+def test_each_question_is_one_family_per_data_set(params: Params, runs: pd.DataFrame) -> None:
     """The smallest p of a family is multiplied by its size: 8 leads, 4 changes of scale, 4 of recipe, 3 pairs of the sweep."""
-    ahead = leads(study, runs)
+    ahead = leads(params, runs)
     assert ahead.groupby("question").size().to_dict() == {"lead": 8, "scale": 4, "recipe": 4, "tuning": 3}
     t = (0.31 / 3) / (0.01 / 3)
     p = 1 - t / math.sqrt(t**2 + 2)  # Student's t with 2 degrees of freedom, two-sided, in closed form
@@ -99,25 +99,25 @@ def test_each_question_is_one_family_per_data_set(study: Params, runs: pd.DataFr
 
 
 @pytest.mark.parametrize("measure", [math.nan, 0.01])
-def test_a_diverged_run_reduces_n_and_its_pair(study: Params, runs: pd.DataFrame, measure: float) -> None:
-    ahead = leads(study, diverge(runs, "small_weak", "kd", 1, measure))
+def test_a_diverged_run_reduces_n_and_its_pair(params: Params, runs: pd.DataFrame, measure: float) -> None:
+    ahead = leads(params, diverge(runs, "small_weak", "kd", 1, measure))
     row = pick(ahead, question="lead", comparison="small_weak", method="dkd")
     assert (row["n"], row["seeds"]) == (2, "0 2")
     change = pick(ahead, question="scale", comparison="small_weak minus large_weak", method="dkd")
     assert (change["n"], change["mean"]) == (2, pytest.approx((0.08 + 0.09) / 2))
 
 
-def test_what_nobody_measured_is_blank(study: Params, found: build.Numbers) -> None:
+def test_what_nobody_measured_is_blank(params: Params, found: build.Numbers) -> None:
     runs = found.runs
     for seed in (0, 1, 2):
         runs = diverge(runs, "small_weak", "dkd", seed)
-    row = pick(leads(study, runs), question="lead", comparison="small_weak", method="dkd")
+    row = pick(leads(params, runs), question="lead", comparison="small_weak", method="dkd")
     assert (row["n"], row["verdict"]) == (0, "")
     found = dataclasses.replace(found, runs=runs)
-    shown = build.build(study, found)[0].shown
+    shown = build.build_tables(params, found)[0].shown
     assert pick(shown, recipe="weak", **{"training images": "10 % (100 images)"})["dkd minus kd"] == ""
     assert "dkd" not in build.metrics_summary(runs)["small_weak"]
-    assert any("diverged" in line for line in build.headline(study, found, []).split("\n"))
+    assert any("diverged" in line for line in build.headline(params, found, []).split("\n"))
 
 
 def test_data_scale_shows_ours_and_the_papers_with_sources(everything: dict[str, Table]) -> None:
@@ -161,9 +161,9 @@ def test_tuning_compares_equal_effort(everything: dict[str, Table]) -> None:
     assert pick(frame, method="dkd_tuned", baseline="kd_tuned")["mean"] == pytest.approx(0.01)
 
 
-def test_grid_marks_the_chosen_point_and_a_diverged_trial(study: Params, runs: pd.DataFrame) -> None:
+def test_grid_marks_the_chosen_point_and_a_diverged_trial(params: Params, runs: pd.DataFrame) -> None:
     runs = diverge(runs, "tune", "trial/kd.temperature_1.weight_2", 0)
-    table = next(table for table in grids(study, runs) if table.name == "grid_tune_kd")
+    table = next(table for table in grid_tables(params, runs) if table.name == "grid_tune_kd")
     assert table.shown.to_numpy().tolist() == [["1", "61.0", "diverged"], ["4", "62.0 (chosen)", "61.0"]]
     assert list(table.shown.columns) == ["temperature", "weight 1", "weight 2"]
     assert "4 trials" in table.caption and "seed 0 (n=1" in table.caption
@@ -187,8 +187,8 @@ def test_measures_have_their_units(everything: dict[str, Table]) -> None:
     assert len(everything["measures"].frame) == (16 + 2) * 6
 
 
-def test_verdicts_and_summary_are_what_another_machine_compares(study: Params, runs: pd.DataFrame) -> None:
-    frame = verdicts(study, runs)
+def test_verdicts_and_summary_are_what_another_machine_compares(params: Params, runs: pd.DataFrame) -> None:
+    frame = verdict_table(params, runs)
     assert list(frame.columns) == [
         *("question", "data", "comparison", "method", "baseline", "verdict", "lead", "low", "high", "n", "p_holm", "seeds")
     ]
@@ -197,15 +197,15 @@ def test_verdicts_and_summary_are_what_another_machine_compares(study: Params, r
     assert build.metrics_summary(runs)["tune"] == {"kd_tuned": 0.626667, "dkd_tuned": 0.636667}
 
 
-def test_tables_do_not_depend_on_the_order_of_rows(study: Params, found: build.Numbers, everything: dict[str, Table]) -> None:
-    turned = build.TABLES["data_scale"].tables(study, dataclasses.replace(found, runs=found.runs.iloc[::-1].reset_index(drop=True)))[0]
+def test_tables_do_not_depend_on_the_order_of_rows(params: Params, found: build.Numbers, everything: dict[str, Table]) -> None:
+    turned = build.TABLES["data_scale"](params, dataclasses.replace(found, runs=found.runs.iloc[::-1].reset_index(drop=True)))[0]
     assert markdown(turned) == markdown(everything["data_scale"])
 
 
 def test_every_table_is_written_in_three_forms(everything: dict[str, Table], tmp_path: Path) -> None:
     assert list(everything) == ["data_scale", "recipes", "tuning", "grid_tune_kd", "grid_tune_dkd", "cost", "measures"]
     for table in everything.values():
-        write(table, tmp_path)
+        write_table(table, tmp_path)
         again = pd.read_csv(tmp_path / f"{table.name}.csv")
         assert list(again.columns) == list(table.frame.columns) and len(again) == len(table.frame)
         rows = (tmp_path / f"{table.name}.md").read_text().split("\n")
@@ -230,9 +230,9 @@ def test_numbers_as_people_read_them() -> None:
     assert [number(value, 3) for value in (1.26, -0.0006, -0.0004)] == ["1.260", f"{MINUS}0.001", "0.000"]
 
 
-def test_readme_answers_with_the_numbers(study: Params, found: build.Numbers) -> None:
-    assert "](results/figures" not in build.headline(study, found, ["teachers"])
-    block = build.headline(study, found, ["teachers", "data_scale"]).replace(MINUS, "-")
+def test_readme_answers_with_the_numbers(params: Params, found: build.Numbers) -> None:
+    assert "](results/figures" not in build.headline(params, found, ["teachers"])
+    block = build.headline(params, found, ["teachers", "data_scale"]).replace(MINUS, "-")
     assert "](results/figures/data_scale.png)" in block
     assert (
         "- recipe weak, 10 % → 100 %: dkd's lead over kd +10.3 [+8.9, +11.8] → +1.7 [+0.2, +3.1]: it **shrinks** with more data "
@@ -268,9 +268,9 @@ def test_studies_share_the_projects_published_numbers(tmp_path: Path) -> None:
     for folder, value in ((tmp_path, "1"), (inner, "2")):
         (folder / published.FILE).parent.mkdir(parents=True)
         (folder / published.FILE).write_text(f"table,epochs,value\nfigure1,,{value}\n")
-    assert published.read(inner)["value"].to_list() == [2.0], "a study may have its own"
+    assert published.read_published(inner)["value"].to_list() == [2.0], "a study may have its own"
     (inner / published.FILE).unlink()
-    assert published.read(inner)["value"].to_list() == [1.0]
+    assert published.read_published(inner)["value"].to_list() == [1.0]
 
 
 def test_the_registry_makes_what_params_yaml_may_name() -> None:
@@ -279,17 +279,17 @@ def test_the_registry_makes_what_params_yaml_may_name() -> None:
 
 def test_a_headline_needs_a_table(found: build.Numbers) -> None:
     with pytest.raises(Refused, match=r"^params\.yaml: study\.tables: found 'losses'; allowed: first a table .*; put another one first$"):
-        build.headline(builders.study(tables=["losses", "cost"]), found, [])
+        build.headline(builders.params(tables=["losses", "cost"]), found, [])
 
 
-def test_comparisons_that_differ_in_more_than_the_hard_label_are_no_set(study: Params, runs: pd.DataFrame) -> None:
-    content = study.model_dump()
+def test_comparisons_that_differ_in_more_than_the_hard_label_are_no_set(params: Params, runs: pd.DataFrame) -> None:
+    content = params.model_dump()
     content["recipes"]["strong"] |= {"hard_loss": "bce", "mixup_alpha": 0.1}
     assert hard_labels(config.parse(content)) == []
     content["recipes"]["strong"] |= {"mixup_alpha": 0.0}
     groups = hard_labels(config.parse(content))
     assert groups == [{"ce": "small_weak", "bce": "small_strong"}, {"ce": "large_weak", "bce": "large_strong"}]
     changed = config.parse(content)
-    assert [table.name for table in build.TABLES["losses"].tables(changed, build.Numbers(changed, runs, *[pd.DataFrame()] * 5))] == [
+    assert [table.name for table in build.TABLES["losses"](changed, build.Numbers(changed, runs, *[pd.DataFrame()] * 5))] == [
         *("losses", "losses_large_weak")
     ]

@@ -12,8 +12,8 @@ from matplotlib.colors import to_rgb
 from kdlib.config.schema import Params
 from kdlib.study.report import build, plots, stats
 from kdlib.study.report.differences import leads
-from kdlib.study.report.plots.style import save
-from kdlib.study.report.render import MINUS, TIMES, write
+from kdlib.study.report.plots.style import save_figure
+from kdlib.study.report.render import MINUS, TIMES, write_table
 from tests import builders
 from tests.test_tables import T2, diverge, pick
 
@@ -29,17 +29,17 @@ def theirs(methods: Params, tmp_path_factory: pytest.TempPathFactory) -> build.N
 
 
 def test_the_tables_are_those_that_params_yaml_names_in_its_order(methods: Params, theirs: build.Numbers, tmp_path: Path) -> None:
-    assert [table.name for table in build.build(methods, theirs)] == ["methods", "losses", "measures"]
+    assert [table.name for table in build.build_tables(methods, theirs)] == ["methods", "losses", "measures"]
     chosen = builders.methodwise(tables=["measures", "tuning", "cost"])
-    assert [table.name for table in build.build(chosen, theirs)] == ["measures", "cost"], "nothing was tuned"
-    for table in build.build(methods, theirs):
-        write(table, tmp_path)
+    assert [table.name for table in build.build_tables(chosen, theirs)] == ["measures", "cost"], "nothing was tuned"
+    for table in build.build_tables(methods, theirs):
+        write_table(table, tmp_path)
         again = pd.read_csv(tmp_path / f"{table.name}.csv")
         assert list(again.columns) == list(table.frame.columns) and len(again) == len(table.frame)
 
 
 def test_every_method_has_its_row_beside_those_of_its_kind(methods: Params, theirs: build.Numbers) -> None:
-    table = build.build(methods, theirs)[0]
+    table = build.build_tables(methods, theirs)[0]
     shown = table.shown.set_index("method")
     assert shown["looks at"].to_dict() == {
         **{"no_kd": "no teacher", "kd": "logits", "dkd": "logits", "maps_only": "hint: maps"},
@@ -65,7 +65,7 @@ def test_every_method_has_its_row_beside_those_of_its_kind(methods: Params, thei
 
 
 def test_the_methods_frame_holds_one_number_per_row(methods: Params, theirs: build.Numbers) -> None:
-    frame = build.build(methods, theirs)[0].frame
+    frame = build.build_tables(methods, theirs)[0].frame
     assert frame.groupby("question").size().to_dict() == {"accuracy": 10, "lead": 8, "scale": 4, "cost": 5, "published": 5}
     assert pick(frame, question="cost", method="maps_only")[["mean", "n", "extra_parameters", "step_bytes", "together"]].to_list() == [
         *(1.5, 3, 1000, 3 * 2**20, True)
@@ -80,14 +80,14 @@ def test_time_is_compared_within_one_process_where_that_can_be(methods: Params, 
     here = timing["comparison"] == "large"
     timing.loc[here & (timing["variant"] == "kd") & (timing["seed"] == 0), ["student_seconds", "teacher_seconds_share"]] = [99.0, 0.75]
     timing.loc[here & (timing["variant"] == "maps_only"), "teacher_seconds_share"] = [0.1, 0.2, 0.3]
-    shown = build.build(methods, dataclasses.replace(theirs, timing=timing))[0].shown.set_index("method")
+    shown = build.build_tables(methods, dataclasses.replace(theirs, timing=timing))[0].shown.set_index("method")
     assert shown.loc["ranks", "step time"] == f"1.10{TIMES} (n=2)"
     ratios = [15 / 99, 1.5, 1.5]
     mean = sum(ratios) / 3
     half = T2 * math.sqrt(sum((ratio - mean) ** 2 for ratio in ratios) / 2) / math.sqrt(3)
     assert shown.loc["maps_only", "step time"] == f"≈ {mean:.2f} ± {half:.2f}{TIMES} (n=3)"
     timing.loc[here & (timing["variant"] == "maps_only"), "on"] = "cpu, 1 threads, torch 2.15.0"
-    shown = build.build(methods, dataclasses.replace(theirs, timing=timing))[0].shown.set_index("method")
+    shown = build.build_tables(methods, dataclasses.replace(theirs, timing=timing))[0].shown.set_index("method")
     assert shown.loc["maps_only", "step time"] == "", "seconds of another machine are no comparison"
 
 
@@ -96,7 +96,9 @@ def test_published_numbers_keep_their_settings_apart(methods: Params, theirs: bu
     here = theirs.published["table"] == "table3_methods"
     other = theirs.published[here].assign(student="vit_tiny", value=50.0)
     other.loc[other["recipe"] == "A1", "epochs"] = pd.NA
-    shown = build.build(methods, dataclasses.replace(theirs, published=pd.concat([theirs.published, other])))[0].shown.set_index("method")
+    shown = build.build_tables(methods, dataclasses.replace(theirs, published=pd.concat([theirs.published, other])))[0].shown.set_index(
+        "method"
+    )
     cells = {column: value for column, value in shown.loc["kd"].items() if str(column).startswith("published")}
     teacher = "beitv2_large_patch16_224"
     assert cells == {
@@ -105,7 +107,7 @@ def test_published_numbers_keep_their_settings_apart(methods: Params, theirs: bu
         f"published: A2, 300 epochs, {teacher} → vit_tiny": "50.00",
         f"published: A1, {teacher} → vit_tiny": "50.00",
     }
-    table = build.build(methods, dataclasses.replace(theirs, published=theirs.published[~here]))[0]
+    table = build.build_tables(methods, dataclasses.replace(theirs, published=theirs.published[~here]))[0]
     assert not any(column.startswith("published") for column in table.shown)
     assert "ublished top-1" not in table.caption
 
@@ -116,7 +118,7 @@ def test_a_method_that_diverged_is_no_blank(methods: Params, theirs: build.Numbe
         runs = diverge(runs, "small", "maps_only", seed)
     runs = diverge(runs, "large", "maps_only", 1)
     found = dataclasses.replace(theirs, runs=runs)
-    row = build.build(methods, found)[0].shown.set_index("method").loc["maps_only"]
+    row = build.build_tables(methods, found)[0].shown.set_index("method").loc["maps_only"]
     assert row[["10 % (100 images): top-1", "10 % (100 images): minus kd", "lead, 10 % minus 100 %"]].to_list() == ["diverged", "", ""]
     assert row["step time"] == f"1.50{TIMES} (n=2)"
     assert "**diverged** maps_only" in build.headline(methods, found, [])
@@ -125,13 +127,13 @@ def test_a_method_that_diverged_is_no_blank(methods: Params, theirs: build.Numbe
 def test_memory_may_be_unknown(methods: Params, theirs: build.Numbers) -> None:
     runs = theirs.runs.copy()
     runs["step_bytes"] = pd.array([pd.NA] * len(runs), dtype="Int64")
-    table = build.build(methods, dataclasses.replace(theirs, runs=runs))[0]
+    table = build.build_tables(methods, dataclasses.replace(theirs, runs=runs))[0]
     assert set(table.shown["step memory (MiB)"]) == {""}
 
 
 def test_hard_labels_are_compared_method_by_method(methods: Params, theirs: build.Numbers) -> None:
     """kd: ce .70 .71 .72, bce .66 .66 .68; its baseline's row has no difference to itself."""
-    table = build.build(methods, theirs)[1]
+    table = build.build_tables(methods, theirs)[1]
     assert list(table.shown.columns) == ["hard label", "kd", "dkd", "dkd minus kd", "kd: minus ce", "dkd: minus ce"]
     shown = table.shown.set_index("hard label")
     assert shown.index.to_list() == ["ce", "bce", "none"], "in the order of the recipes in params.yaml"
@@ -151,7 +153,7 @@ def test_the_headline_of_methods_ranks_them(methods: Params, theirs: build.Numbe
     assert "- recipe weak, 10 % (100 images), against kd: **better** dkd, maps_only; **worse** ranks, no_kd.\n" in block
     assert "- recipe weak, 10 % → 100 %, the lead over kd: **shrinks** dkd, maps_only; **grows** ranks; **inconclusive** no_kd.\n" in block
     assert "- kd, 100 % (1000 images): hard label bce against ce: **worse** (difference" in block
-    assert build.build(methods, theirs)[0].caption in block
+    assert build.build_tables(methods, theirs)[0].caption in block
 
 
 # Figures
@@ -159,7 +161,7 @@ def test_the_headline_of_methods_ranks_them(methods: Params, theirs: build.Numbe
 
 @pytest.fixture(scope="module")
 def figures(methods: Params, theirs: build.Numbers) -> plots.Figures:
-    return plots.build(methods, theirs)
+    return plots.build_figures(methods, theirs)
 
 
 def test_the_figures_are_those_of_the_tables(figures: plots.Figures) -> None:
@@ -202,8 +204,8 @@ def test_a_diverged_method_is_named_and_saved_figures_repeat(methods: Params, th
     for seed in (0, 1, 2):
         runs = diverge(runs, "small", "maps_only", seed)
     for folder in ("a", "b"):
-        for name, figure in plots.build(methods, dataclasses.replace(theirs, runs=runs)).items():
-            save(figure, tmp_path / folder, name)
+        for name, figure in plots.build_figures(methods, dataclasses.replace(theirs, runs=runs)).items():
+            save_figure(figure, tmp_path / folder, name)
             assert (name != "methods") or [text.get_text().strip() for text in figure.axes[0].texts] == ["diverged"]
     assert len(list((tmp_path / "a").iterdir())) == 6
     for file in (tmp_path / "a").iterdir():

@@ -87,7 +87,7 @@ _CONTENT: dict[str, Any] = {
         }
     },
     "recipes": {"weak": _PLAIN, "strong": _STRONG},
-    "methods": config.read(ROOT)["methods"],  # all of them, as the default study has them
+    "methods": config.read_yaml(ROOT)["methods"],  # all of them, as the default study has them
     "comparisons": {
         "small_weak": _STUDENT | {"fraction": 0.5, "recipe": "weak", "methods": ["no_kd", "kd", "dkd", "dist"], "sweep": None},
         "large_strong": _STUDENT | {"fraction": 1.0, "recipe": "strong", "methods": ["kd", "dkd"], "sweep": None},
@@ -110,7 +110,7 @@ def content() -> dict[str, Any]:
 def methods() -> dict[str, Any]:
     """The same for studies/methods: every method at two scales, and three hard labels. Its ``small`` is the other's ``small_weak``."""
     made = content()
-    kept = config.read(ROOT / "studies" / "methods")
+    kept = config.read_yaml(ROOT / "studies" / "methods")
     made["study"] |= {key: kept["study"][key] for key in ("challengers", "tables", "headline")}
     made["methods"] = kept["methods"]
     made["recipes"] = {"weak": _PLAIN, "short": _PLAIN} | {f"short_{loss}": _PLAIN | {"hard_loss": loss} for loss in ("bce", "none")}

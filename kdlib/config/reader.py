@@ -45,7 +45,7 @@ def find_root(start: Path | None = None) -> Path:
     raise Refused(f"{FILE}: found none in {start} or above it; allowed: a folder that holds one; run from inside the project")
 
 
-def read(root: Path) -> dict[Any, Any]:
+def read_yaml(root: Path) -> dict[Any, Any]:
     """params.yaml by YAML 1.2 rules, exactly as DVC reads it (PyYAML takes ``1e-3`` for a string). Raises ``Refused``."""
     try:
         content = YAML(typ="safe", pure=True).load((root / FILE).read_text("utf-8"))
@@ -63,19 +63,19 @@ def read(root: Path) -> dict[Any, Any]:
 
 def load(root: Path) -> Params:
     """The checked study of ``root/params.yaml``. Raises ``Refused`` with one line for the first thing that is wrong."""
-    return parse(read(root))
+    return parse(read_yaml(root))
 
 
 def parse(content: Mapping[Any, Any]) -> Params:
     """Check types, ranges, names and references. Raises ``Refused``."""
-    study = check(Params, content, SECTIONS)
-    check_names(study)
-    check_references(study)
-    return study
+    params = validate(Params, content, SECTIONS)
+    check_names(params)
+    check_references(params)
+    return params
 
 
-def check(form: type[Form], content: Mapping[Any, Any], parts: Mapping[str, type[Section]]) -> Form:
-    """Types and ranges of a whole params.yaml of this form; ``parts`` as in ``schema.PARTS``. Raises ``Refused``."""
+def validate(form: type[Form], content: Mapping[Any, Any], parts: Mapping[str, type[Section]]) -> Form:
+    """Check types and ranges of a whole params.yaml of this form; ``parts`` as in ``schema.SECTIONS``. Raises ``Refused``."""
     try:
         return form.model_validate(content)
     except ValidationError as error:

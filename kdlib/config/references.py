@@ -11,69 +11,69 @@ from kdlib.errors import known, refuse
 NAME = re.compile(r"[a-z][a-z0-9_]*")  # no "-" and no ".": DVC joins names with the one and splits keys at the other
 
 
-def check_names(study: Params) -> None:
+def check_names(params: Params) -> None:
     for section in ("data", "teachers", "recipes", "methods", "comparisons"):
-        for name in getattr(study, section):
+        for name in getattr(params, section):
             if not NAME.fullmatch(name):
                 allowed = "a lower-case letter, then lower-case letters, digits and _ (DVC's stage names would collide on others)"
                 raise refuse(f"{section}.{name}", name, allowed, "rename it")
 
 
-def check_references(study: Params) -> None:
-    general = study.study
-    known("study.baseline", general.baseline, study.methods)
+def check_references(params: Params) -> None:
+    general = params.study
+    known("study.baseline", general.baseline, params.methods)
     for name in general.challengers:
-        known("study.challengers", name, study.methods)
+        known("study.challengers", name, params.methods)
     _check_unique("study.challengers", [*general.challengers, general.baseline])
     _check_unique("study.seeds", general.seeds)
-    known("study.headline.data", general.headline.data, study.data)
+    known("study.headline.data", general.headline.data, params.data)
     for name in general.headline.recipes:
-        known("study.headline.recipes", name, study.recipes)
+        known("study.headline.recipes", name, params.recipes)
     _check_unique("study.headline.recipes", general.headline.recipes)
     for name in general.tables:
         known("study.tables", name, TABLES)
     _check_unique("study.tables", general.tables)
     for name in general.published:
-        known("study.published", name, study.comparisons)
-    for name, teacher in study.teachers.items():
-        known(f"teachers.{name}.data", teacher.data, study.data)
-        known(f"teachers.{name}.recipe", teacher.recipe, study.recipes)
-    for name, comparison in study.comparisons.items():
-        _check_comparison(f"comparisons.{name}", comparison, study)
+        known("study.published", name, params.comparisons)
+    for name, teacher in params.teachers.items():
+        known(f"teachers.{name}.data", teacher.data, params.data)
+        known(f"teachers.{name}.recipe", teacher.recipe, params.recipes)
+    for name, comparison in params.comparisons.items():
+        _check_comparison(f"comparisons.{name}", comparison, params)
 
 
-def _check_comparison(key: str, comparison: Comparison, study: Params) -> None:
-    known(f"{key}.data", comparison.data, study.data)
-    known(f"{key}.recipe", comparison.recipe, study.recipes)
-    teacher = study.teachers[known(f"{key}.teacher", comparison.teacher, study.teachers)]
+def _check_comparison(key: str, comparison: Comparison, params: Params) -> None:
+    known(f"{key}.data", comparison.data, params.data)
+    known(f"{key}.recipe", comparison.recipe, params.recipes)
+    teacher = params.teachers[known(f"{key}.teacher", comparison.teacher, params.teachers)]
     if teacher.data != comparison.data:
         allowed = f"a teacher of data set {comparison.data!r} (this one knows the classes of {teacher.data!r})"
         raise refuse(f"{key}.teacher", comparison.teacher, allowed, "choose or add one")
     for name in comparison.methods:
-        known(f"{key}.methods", name, study.methods)
+        known(f"{key}.methods", name, params.methods)
     _check_unique(f"{key}.methods", comparison.methods)
     if comparison.methods or comparison.sweep is None:
-        _check_baseline(f"{key}.methods", comparison.methods, study)
+        _check_baseline(f"{key}.methods", comparison.methods, params)
     if comparison.sweep is not None:
-        _check_grids(f"{key}.sweep.grids", comparison.sweep.grids, study)
+        _check_grids(f"{key}.sweep.grids", comparison.sweep.grids, params)
 
 
-def _check_grids(key: str, grids: Mapping[str, Mapping[str, list[float]]], study: Params) -> None:
+def _check_grids(key: str, grids: Mapping[str, Mapping[str, list[float]]], params: Params) -> None:
     for name, grid in grids.items():
-        known(key, name, study.methods)
+        known(key, name, params.methods)
         for parameter, values in grid.items():
-            known(f"{key}.{name}", parameter, study.methods[name])
+            known(f"{key}.{name}", parameter, params.methods[name])
             _check_unique(f"{key}.{name}.{parameter}", values)
-    _check_baseline(key, list(grids), study)
+    _check_baseline(key, list(grids), params)
     counts = {name: len(grid_points(grid)) for name, grid in grids.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         allowed = "the same number of trials, at least one, for every method"
         raise refuse(key, counts, allowed, "a fair choice needs equal effort: even the grids out")
 
 
-def _check_baseline(key: str, methods: list[str], study: Params) -> None:
-    if study.study.baseline not in methods:
-        allowed = f"methods that include {study.study.baseline!r} (study.baseline)"
+def _check_baseline(key: str, methods: list[str], params: Params) -> None:
+    if params.study.baseline not in methods:
+        allowed = f"methods that include {params.study.baseline!r} (study.baseline)"
         raise refuse(key, methods, allowed, "add it: the others are compared with it, paired by seed")
 
 

@@ -150,7 +150,7 @@ class Recipe(Section):
         return self.model_dump(include=sizes | crops | mixing | {"randaugment", "erasing", "augment"})
 
 
-class Teacher(Section):
+class TeacherParams(Section):
     """Trained here by a recipe, or loaded from a checkpoint of the named model."""
 
     data: str
@@ -202,9 +202,8 @@ class ComputeParams(Section):
     """How models compute; ``auto``: what pays on the device, and each run records what that was."""
 
     precision: Literal["auto", "fp32", "bf16"]
-    compile: Literal[
-        "auto", True, False, "graphs"
-    ]  # a student with its loss; graphs: as CUDA graphs too, for nets whose kernels are too short
+    # a student with its loss; graphs: as CUDA graphs too, for nets whose kernels are too short
+    compile: Literal["auto", True, False, "graphs"]
     resident: Literal["auto", True, False]  # all training images in the memory of the device
     # the next views and answers while the students train: by half of a run's threads, on a GPU in a stream of its own (true, not auto)
     ahead: Literal["auto", True, False]
@@ -245,22 +244,14 @@ class Params(Section):
 
     study: StudyParams
     data: dict[str, DataSource]
-    teachers: dict[str, Teacher]
+    teachers: dict[str, TeacherParams]
     recipes: dict[str, Recipe]
     methods: dict[str, dict[str, float]]
     comparisons: Annotated[dict[str, Comparison], Field(min_length=1)]
 
 
-TABLES = (
-    "published",
-    "data_scale",
-    "recipes",
-    "tuning",
-    "methods",
-    "losses",
-    "cost",
-    "measures",
-)  # what study.tables may name: kdlib.study.report.build makes them
+# What study.tables may name: kdlib.study.report.build makes them.
+TABLES = ("published", "data_scale", "recipes", "tuning", "methods", "losses", "cost", "measures")
 
 # Where each part stands, without the names that people choose; the sources of data are told apart by their ``source``.
 SECTIONS: dict[str, type[Section]] = {
@@ -271,7 +262,7 @@ SECTIONS: dict[str, type[Section]] = {
     "study.published.rows": Rows,
     "study.launch": Launch,
     "study.compute": ComputeParams,
-    "teachers": Teacher,
+    "teachers": TeacherParams,
     "recipes": Recipe,
     "recipes.randaugment": RandAugmentParams,
     "comparisons": Comparison,

@@ -90,12 +90,12 @@ SECTIONS: dict[str, type[Section]] = {
 
 def load(root: Path) -> Params:
     """Read and check ``root/params.yaml``. Raises ``Refused`` with one line for the first thing that is wrong."""
-    return parse(config.read(root))
+    return parse(config.read_yaml(root))
 
 
 def parse(content: dict[Any, Any]) -> Params:
     """Check types, ranges, names, and what depends on each other. Raises ``Refused``."""
-    params = config.check(Params, content, SECTIONS)
+    params = config.validate(Params, content, SECTIONS)
     launch = params.study.launch
     check_machines(launch)
     if launch.nodes > 1:

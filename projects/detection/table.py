@@ -8,8 +8,7 @@ import pandas as pd
 from kdlib.errors import Refused
 from kdlib.files import read_json
 from kdlib.study.report import published
-from kdlib.study.report.render import Table, markdown, number, records
-from kdlib.study.report.render import write as write_table
+from kdlib.study.report.render import Table, markdown, number, records, write_table
 from projects.detection.settings import Params, Run
 
 MEASURES = ("box_ap", "mask_ap")
@@ -27,7 +26,7 @@ DIFFERENCES = (
 def check(root: Path) -> None:
     """Raise ``Refused`` where no published numbers are at hand."""
     try:
-        published.read(root)
+        published.read_published(root)
     except FileNotFoundError as error:
         do = "put the folder into this repository, or copy the file beside it"
         raise Refused(f"--folder: found {root}, which has no {published.FILE} at or above it; allowed: a folder that has; {do}") from error
@@ -35,7 +34,7 @@ def check(root: Path) -> None:
 
 def compare(root: Path, params: Params, runs: Path) -> Table:
     """Tabulate each published detector beside the runs that name it in ``beside``; blank where nothing was measured."""
-    theirs = published.read(root)
+    theirs = published.read_published(root)
     theirs = theirs[theirs["table"] == "table11_coco"].assign(published=lambda rows: rows["value"] / 100)
     keys = ["student", "recipe", "metric"]
     rows = [row for name, run in params.runs.items() for row in _measured(root / runs / name, run, params)]

@@ -25,6 +25,7 @@ from kdlib.files import write_csv
 from kdlib.models.build import Classifier
 from kdlib.models.checkpoints import load_checkpoint
 from kdlib.parallel.signals import watched
+from kdlib.study.cli import refusals_in_one_line
 from kdlib.study.cli.evaluation_sets import SETS, Answers, EvaluationSet, open_set
 from kdlib.study.report import published
 from kdlib.study.report.render import number, pipe
@@ -110,7 +111,7 @@ def truth(answers: list[Answers]) -> Bool[Tensor, "batch classes"]:
     return right
 
 
-def table(scores: list[Score], announced: Mapping[str, float]) -> pd.DataFrame:
+def score_table(scores: list[Score], announced: Mapping[str, float]) -> pd.DataFrame:
     """A row per set: images, correct answers and their shares, unreadable files, and the announced shares, which are of imagenet alone."""
     rows = []
     for score in scores:
@@ -140,17 +141,17 @@ def _batches(images: EvaluationSet, view: View, batch_size: int, workers: int) -
 
 def _folders(given: list[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
-    for one in given:
-        name, _, folder = one.partition("=")
+    for option in given:
+        name, _, folder = option.partition("=")
         if not folder or name in folders:
-            raise refuse("--data", one, f"NAME=FOLDER, each name once: {', '.join(SETS)}", "correct it")
+            raise refuse("--data", option, f"NAME=FOLDER, each name once: {', '.join(SETS)}", "correct it")
         folders[name] = Path(folder).expanduser()
     return folders
 
 
 def _announced(model: str) -> dict[str, float]:
     try:
-        return published.announced(published.read(Path.cwd()), model.partition(".")[0])
+        return published.announced(published.read_published(Path.cwd()), model.partition(".")[0])
     except FileNotFoundError:
         print(f"{published.FILE}: not found at or above {Path.cwd()}, so nothing is published here", file=sys.stderr)
         return {}
@@ -166,7 +167,7 @@ def _check(given: argparse.Namespace) -> None:
         raise refuse("CHECKPOINT", str(given.checkpoint), "a .safetensors or .pth file", "correct the path")
 
 
-def run(given: argparse.Namespace) -> None:
+def evaluate_checkpoint(given: argparse.Namespace) -> None:
     """The command. Raises ``Refused``."""
     _check(given)
     folders = _folders(given.data)
@@ -186,9 +187,9 @@ def run(given: argparse.Namespace) -> None:
     for score in scores:
         if score.unreadable:
             print(f"--data {score.name}: {len(score.unreadable)} unreadable: {some(score.unreadable)}", file=sys.stderr)
-    found = table(scores, _announced(given.model))
-    print(shown(found))
-    write_csv(given.csv, found.assign(model=given.model, checkpoint=given.checkpoint.name, size=view.size, crop=view.crop))
+    frame = score_table(scores, _announced(given.model))
+    print(shown(frame))
+    write_csv(given.csv, frame.assign(model=given.model, checkpoint=given.checkpoint.name, size=view.size, crop=view.crop))
 
 
 def main() -> None:
@@ -203,10 +204,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that decode (default: one per core)")
     parser.add_argument("--csv", type=Path, default=Path("evaluation.csv"), help="where the table goes (default: evaluation.csv)")
-    try:
-        run(parser.parse_args())
-    except Refused as error:
-        sys.exit(str(error).removeprefix(f"{FILE}: "))
+    with refusals_in_one_line(without=f"{FILE}: "):
+        evaluate_checkpoint(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -58,13 +58,13 @@ def by_folder(name: str, folder: Path, number: Mapping[str, int]) -> EvaluationS
     Raises ``Refused`` where folders are missing, unexpected or without images.
     """
     key = f"--data {name}"
-    found, files, labels = list_images(key, folder)
-    missing, odd = (sorted(names) for names in (number.keys() - set(found), set(found) - number.keys()))
+    folders, files, labels = list_images(key, folder)
+    missing, odd = (sorted(names) for names in (number.keys() - set(folders), set(folders) - number.keys()))
     if missing or odd:
         parts = [f"{len(names)} {word} ({some(names)})" for word, names in (("missing", missing), ("unexpected", odd)) if names]
         allowed = f"one folder for each of {len(number):,} classes, {min(number)} to {max(number)}"
         raise refuse(key, str(folder), allowed, f"choose the folder of this set ({', '.join(parts)})")
-    return EvaluationSet(name, files, [(number[found[label]],) for label in labels.tolist()], sorted(number.values()))
+    return EvaluationSet(name, files, [(number[folders[label]],) for label in labels.tolist()], sorted(number.values()))
 
 
 def reassessed(key: str, images: EvaluationSet, real: Sequence[Answers]) -> EvaluationSet:

@@ -4,7 +4,6 @@ python -m kdlib.study.cli.export COMPARISON VARIANT SEED FOLDER [--onnx]    as a
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from kdlib.errors import Refused, known
 from kdlib.files import read_json, write_text
 from kdlib.models import NAMES
 from kdlib.models.build import Classifier
+from kdlib.study.cli import refusals_in_one_line
 from kdlib.study.report import stats
 from kdlib.study.training.experiment import Experiment
 from kdlib.study.training.planned import expected_runs, run_folder
@@ -43,21 +43,20 @@ def export(experiment: Experiment, run: tuple[str, str, int], folder: Path) -> N
     Adapters and banks of the method are not in it. Raises ``Refused`` for a run that is not there or diverged.
     """
     comparison = run[0]
-    found, metrics = _finished(experiment, run)
-    student = experiment.student(comparison, found)
+    source, metrics = _finished(experiment, run)
+    student = experiment.student(comparison, source)
     channels, size = student.mean.shape[1], student.size
     arguments = {"num_classes": student.shape.classes, "in_chans": channels}
     if getattr(student.net, "pretrained_cfg", {}).get("fixed_input_size"):
         arguments["img_size"] = size
-    looks: dict[str, Any] = {
-        "input_size": [channels, size, size],
-        "mean": student.mean.flatten().tolist(),
-        "std": student.std.flatten().tolist(),
-    }
+    looks: dict[str, Any] = {"input_size": [channels, size, size]}
+    looks |= {"mean": student.mean.flatten().tolist(), "std": student.std.flatten().tolist()}
     looks |= {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "num_classes": student.shape.classes}
     student.net.cpu().to(memory_format=torch.contiguous_format)  # as safetensors wants them
     save_for_hf(student.net, str(folder), model_config={"pretrained_cfg": looks}, model_args=arguments, safe_serialization=True)
-    write_text(folder / "README.md", card(experiment, run, read_json(found / "run.json"), metrics, read_json(found / "environment.json")))
+    write_text(
+        folder / "README.md", model_card(experiment, run, read_json(source / "run.json"), metrics, read_json(source / "environment.json"))
+    )
 
 
 def to_onnx(experiment: Experiment, run: tuple[str, str, int], path: Path) -> float:
@@ -67,9 +66,9 @@ def to_onnx(experiment: Experiment, run: tuple[str, str, int], path: Path) -> fl
     """
     import onnxruntime  # noqa: PLC0415 (of those who export only)
 
-    found, _ = _finished(experiment, run)
-    student = experiment.student(run[0], found)
-    model, data = Normalising(student).cpu().eval(), experiment.data(experiment.study.comparisons[run[0]].data)
+    source, _ = _finished(experiment, run)
+    student = experiment.student(run[0], source)
+    model, data = Normalising(student).cpu().eval(), experiment.data(experiment.params.comparisons[run[0]].data)
     images = torch.rand(4, data.channels, data.size, data.size)
     path.parent.mkdir(parents=True, exist_ok=True)
     shapes = {"images": {0: torch.export.Dim("batch")}}
@@ -89,14 +88,16 @@ def to_onnx(experiment: Experiment, run: tuple[str, str, int], path: Path) -> fl
     return gap
 
 
-def card(experiment: Experiment, run: tuple[str, str, int], about: dict[str, Any], metrics: dict[str, Any], where: dict[str, Any]) -> str:
+def model_card(
+    experiment: Experiment, run: tuple[str, str, int], about: dict[str, Any], metrics: dict[str, Any], where: dict[str, Any]
+) -> str:
     """The model card: what it learned from whom, how good it is with n, where it was trained, how to load it."""
     comparison, variant, seed = run
-    study = experiment.study
-    params, confidence = study.comparisons[comparison], study.study.confidence
-    teacher = study.teachers[params.teacher]
+    params = experiment.params
+    item, confidence = params.comparisons[comparison], params.study.confidence
+    teacher = params.teachers[item.teacher]
     lines = ["---", "library_name: timm", "tags: [image-classification, timm, knowledge-distillation]", "---", ""]
-    lines += [f"# {params.student}, taught by {teacher.model} ({variant})", ""]
+    lines += [f"# {item.student}, taught by {teacher.model} ({variant})", ""]
     lines += ["| measure | this run | all seeds |", "|---|---|---|"]
     for name, words in MEASURES.items():
         values = _by_seed(experiment, comparison, variant, name)
@@ -105,16 +106,16 @@ def card(experiment: Experiment, run: tuple[str, str, int], about: dict[str, Any
         lines.append(f"| {words} | {100 * metrics[name]:.1f} % | {100 * mean.mean:.1f}{interval} % (n={mean.n}) |")
     lines += ["", f"± is half the width of a {100 * confidence:g} % Student t interval over the seeds.", ""]
     facts = {
-        "data": f"{params.data}, {about['train_images']} training images ({100 * params.fraction:g} %), {about['classes']} classes",
+        "data": f"{item.data}, {about['train_images']} training images ({100 * item.fraction:g} %), {about['classes']} classes",
         "teacher": f"{teacher.model}, trained on {teacher.data}",
         "method": f"{about['method']} with {about['parameters']}",
-        "recipe": ", ".join(f"{name} {value}" for name, value in study.recipes[params.recipe].model_dump().items()),
+        "recipe": ", ".join(f"{name} {value}" for name, value in params.recipes[item.recipe].model_dump().items()),
         "seed": seed,
         "trained on": f"{where['device']}, {where['machine']}, torch {where['torch']}, timm {where['timm']}",
         "run": about["fingerprint"],
     }
     lines += ["| about | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
-    first = ["import kdlib.models  # registers this net with timm"] if params.student in NAMES else []
+    first = ["import kdlib.models  # registers this net with timm"] if item.student in NAMES else []
     lines += ["```python", "import timm", *first, 'model = timm.create_model("local-dir:.", pretrained=True).eval()', "```", ""]
     lines += ["Images: un-normalised values in [0, 1], then mean and std of config.json.", ""]
     return "\n".join(lines)
@@ -122,15 +123,15 @@ def card(experiment: Experiment, run: tuple[str, str, int], about: dict[str, Any
 
 def _by_seed(experiment: Experiment, comparison: str, variant: str, measure: str) -> dict[int, float]:
     """Of every seed whose run is there and finished."""
-    folders = {seed: run_folder(experiment.root, (comparison, variant, seed)) / "metrics.json" for seed in experiment.study.study.seeds}
-    found = {seed: read_json(path) for seed, path in folders.items() if path.is_file()}
-    return {seed: metrics[measure] for seed, metrics in found.items() if measure in metrics}
+    folders = {seed: run_folder(experiment.root, (comparison, variant, seed)) / "metrics.json" for seed in experiment.params.study.seeds}
+    metrics_of = {seed: read_json(path) for seed, path in folders.items() if path.is_file()}
+    return {seed: metrics[measure] for seed, metrics in metrics_of.items() if measure in metrics}
 
 
 def _finished(experiment: Experiment, run: tuple[str, str, int]) -> tuple[Path, dict[str, Any]]:
     comparison, variant, _ = run
-    known("comparison", comparison, experiment.study.comparisons)
-    names = sorted({name for _, name, _ in expected_runs(experiment.study, comparison)})
+    known("comparison", comparison, experiment.params.comparisons)
+    names = sorted({name for _, name, _ in expected_runs(experiment.params, comparison)})
     known("variant", variant, names)
     folder = run_folder(experiment.root, run)
     if not (folder / "metrics.json").is_file():
@@ -150,15 +151,13 @@ def main() -> None:
     parser.add_argument("--onnx", action="store_true", help="also write model.onnx")
     given = parser.parse_args()
     run = (given.comparison, given.variant, given.seed)
-    try:
+    with refusals_in_one_line():
         experiment = Experiment()
         export(experiment, run, given.folder)
         print(f"wrote {given.folder}: timm.create_model('local-dir:{given.folder}', pretrained=True)")
         if given.onnx:
             gap = to_onnx(experiment, run, given.folder / "model.onnx")
             print(f"wrote {given.folder / 'model.onnx'}: logits within {gap:.1g} of torch's")
-    except Refused as error:
-        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from kdlib import config
 from kdlib.errors import Refused, known, refuse_full_disk
 from kdlib.files import write_text
 from kdlib.parallel.signals import SIGNALS, to_log
+from kdlib.study.cli import refusals_in_one_line
 
 SECONDS_TO_SAVE = 8  # of the ten that clusters give at least
 LOOK_SECONDS, BUSY = 0.3, 30.0  # at what others do, and from how many percent of the cores on it counts
@@ -51,20 +52,14 @@ def describe(root: Path, title: str) -> Stage:
         raise Refused(f"dvc.yaml: found no stage {kind!r}; allowed: {', '.join(stages)}; choose one of them")
     body, values = stages[kind], {"key": name}
     if "do" in body:
-        items = config.read(root)[re.fullmatch(r"\$\{(\w+)\}", body["foreach"])[1]]  # type: ignore[index]
+        items = config.read_yaml(root)[re.fullmatch(r"\$\{(\w+)\}", body["foreach"])[1]]  # type: ignore[index]
         item = items[known(kind, name, items)]
         values |= {f"item.{field}": value for field, value in item.items() if isinstance(value, str)}
         body = body["do"]
     deps, params = ([_fill(text, values) for text in body.get(part, [])] for part in ("deps", "params"))
     outs = [_fill(next(iter(out)) if isinstance(out, dict) else out, values) for out in body["outs"]]
-    return Stage(
-        title,
-        name,
-        Path(next(dep for dep in deps if dep.endswith(".ipynb"))),
-        Path(next(out for out in outs if out.endswith(".ipynb"))),
-        deps,
-        params,
-    )
+    notebook, executed = (Path(next(path for path in paths if path.endswith(".ipynb"))) for paths in (deps, outs))
+    return Stage(title, name, notebook, executed, deps, params)
 
 
 def clean(source: Path, copy: Path) -> None:
@@ -72,7 +67,7 @@ def clean(source: Path, copy: Path) -> None:
     write_text(copy, _dump(_strip(json.loads(source.read_text("utf-8")), outputs=False)))
 
 
-def run(root: Path, title: str) -> None:
+def run_stage(root: Path, title: str) -> None:
     """Execute a stage's notebook with papermill; keep the executed notebook, without what differs from run to run.
 
     Raises ``Refused`` when the stage's notebook refuses something, and when code or parameters changed meanwhile: DVC would
@@ -162,7 +157,7 @@ def _inputs(root: Path, stage: Stage) -> str:
         if not dep.startswith("runs/"):
             for file in sorted((root / dep).rglob("*.py")) if (root / dep).is_dir() else [root / dep]:
                 digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
-    content = config.read(root)
+    content = config.read_yaml(root)
     for key in stage.params:
         value: Any = content
         for step in key.split("."):
@@ -215,16 +210,12 @@ def main() -> None:
     running = commands.add_parser("run")
     running.add_argument("stage")
     given = parser.parse_args()
-    try:
+    with refusals_in_one_line():
         if given.command == "clean":
             clean(given.source, given.copy)
         else:
             with refuse_full_disk():  # papermill writes too
-                run(Path.cwd(), given.stage)
-    except Refused as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+                run_stage(Path.cwd(), given.stage)
 
 
 if __name__ == "__main__":

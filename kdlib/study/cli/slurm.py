@@ -1,6 +1,6 @@
 """A study as a Slurm job, through submitit: asked for, begun on each of its machines, saved before they are taken away, and gone on with.
 
-submitit has Slurm warn a job before its time is over or it is pre-empted, calls ``Machine.checkpoint`` then, and puts the job into the
+submitit has Slurm warn a job before its time is over or it is pre-empted, calls ``NodeTask.checkpoint`` then, and puts the job into the
 queue again. Where Slurm does the latter itself it only sends SIGTERM, to every process, and that is enough to save.
 """
 
@@ -54,7 +54,7 @@ class Asked:
     options: list[str]  # of sbatch, as account=abc or exclusive
 
 
-def submit(root: Path, asked: Asked) -> str:
+def submit_job(root: Path, asked: Asked) -> str:
     """Put the study into the queue; what to tell the person. Raises ``Refused``, with what Slurm said where it was Slurm that refused."""
     launch = config.load(root).study.launch
     _check(asked, launch)
@@ -63,11 +63,11 @@ def submit(root: Path, asked: Asked) -> str:
     executor.update_parameters(**_parameters(root, asked, launch))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit says it there too
-            job = executor.submit(Machine(root, folder))
+            job = executor.submit(NodeTask(root, folder))
     except (FailedJobError, FailedSubmissionError) as error:
         shutil.rmtree(folder, ignore_errors=True)  # submitit leaves there what it would have begun
-        said = " ".join(str(error).replace("sbatch: error: ", "").split())
-        raise Refused(f"sbatch: found {said!r}; allowed: what this cluster grants; `sinfo` shows its partitions and their limits") from None
+        why = " ".join(str(error).replace("sbatch: error: ", "").split())
+        raise Refused(f"sbatch: found {why!r}; allowed: what this cluster grants; `sinfo` shows its partitions and their limits") from None
     return (
         f"job {job.job_id}: {_state(job.job_id)}\n"
         f"What it says: {job.paths.stdout} (nothing there once it runs: its machine does not see this folder)\n"
@@ -89,6 +89,7 @@ def _check(asked: Asked, launch: Launch) -> None:
 
 def _parameters(root: Path, asked: Asked, launch: Launch) -> dict[str, object]:
     cores = asked.cores or launch.processes
+    options = (option.partition("=") for option in asked.options)
     wanted: dict[str, object] = {
         "job_name": f"kdlib-{root.name}",
         "time": math.ceil(asked.hours * 60),
@@ -99,11 +100,7 @@ def _parameters(root: Path, asked: Asked, launch: Launch) -> dict[str, object]:
         "stderr_to_stdout": True,
         "srun_args": [f"--cpus-per-task={cores}", f"--wait={LAST_SECONDS}"],  # srun does not take over the job's
     }
-    if asked.partition:
-        wanted["partition"] = asked.partition
-    if asked.gpus:
-        wanted["gpus_per_node"] = asked.gpus
-    options = (option.partition("=") for option in asked.options)
+    wanted |= {key: value for key, value in (("partition", asked.partition), ("gpus_per_node", asked.gpus)) if value}
     return wanted | {"additional_parameters": {"requeue": True} | {key: value or True for key, _, value in options}}
 
 
@@ -114,7 +111,7 @@ def _state(job: str) -> str:
 
 
 @dataclass
-class Machine:
+class NodeTask:
     """What submitit calls on each machine of a job, each time that it begins: the first runs the study, the others join it."""
 
     root: Path
@@ -140,7 +137,7 @@ class Machine:
     def checkpoint(self) -> DelayedSubmission:
         """Have the study saved. Returns what to do when the job begins again."""
         self._stop()
-        return DelayedSubmission(Machine(self.root, self.folder))
+        return DelayedSubmission(NodeTask(self.root, self.folder))
 
     def _meet(self, job: JobEnvironment, meeting: Path) -> None:
         """Wait until all machines have shown that they see the study. Raises ``Refused``."""

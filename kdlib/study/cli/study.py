@@ -24,6 +24,7 @@ import pandas as pd
 from kdlib import config
 from kdlib.errors import FILE, Refused
 from kdlib.files import folder_bytes, read_json, write_csv, write_text
+from kdlib.study.cli import refusals_in_one_line
 from kdlib.study.cost import table
 from kdlib.study.cost.estimate import total
 from kdlib.study.report.readme import insert_between_markers
@@ -37,7 +38,7 @@ SHIPPED = ".state/shipped_verdicts.csv"  # without git: the verdicts that came w
 MARKERS = "results"
 
 
-def find(name: str | None) -> Path:
+def find_study(name: str | None) -> Path:
     """The folder of a study: the project's studies/``name``, or the one that we stand in. Raises ``Refused`` for one that is not there."""
     root = config.find_root()
     if name is None:
@@ -49,7 +50,7 @@ def find(name: str | None) -> Path:
     return there[name]
 
 
-def check(root: Path) -> None:
+def check_study(root: Path) -> None:
     """Everything in params.yaml that can be wrong before data are there. Raises ``Refused``."""
     from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (3 s of imports that `gc` and `readme` do without)
 
@@ -59,19 +60,19 @@ def check(root: Path) -> None:
 def plan(root: Path, steps: int) -> None:
     """Print what a study costs, and write it to build/plan.csv. Raises ``Refused`` for what fits neither memory nor disk."""
     from kdlib.study.cost.plan import Outlook, check_disk  # noqa: PLC0415
-    from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (see ``check``)
+    from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (see ``check_study``)
 
     outlook = Outlook(Experiment(root), steps)
     rows = outlook.rows()
     write_csv(root / PLAN, table.frame(rows))
-    notes = table.notes(rows, outlook.where, steps, outlook.machine.together, outlook.assumed)
+    notes = table.notes(rows, outlook.where, steps, outlook.processes, outlook.assumed)
     print(table.screen(rows, outlook.device.type == "cuda"), *notes, f"the same as CSV: {root / PLAN}", sep="\n")
-    check_disk(total([row.forecast for row in rows]), shutil.disk_usage(project(root)).free)
+    check_disk(total(rows), shutil.disk_usage(project(root)).free)
 
 
-def run(root: Path) -> None:
+def run_study(root: Path) -> None:
     """`dvc repro`, one study at a time in a project; then the headline and the comparison with the committed verdicts."""
-    check(root)
+    check_study(root)
     with _alone(root) as lock:
         _without_git(root)
         committed = _committed(root)
@@ -90,22 +91,22 @@ def _stages(root: Path) -> list[list[str]]:
     Where study.missing is blank, data sets whose path is an environment variable that is not set are left out, with what needs them; if
     that is all of them, none is, and the first is refused.
     """
-    study = config.load(root)
-    unset = {name for name, item in study.data.items() if hasattr(item, "path") and not _is_set(item.path)}
-    kept = [name for name in study.data if name not in unset]
-    if not unset or not kept or study.study.missing != "blank":
+    params = config.load(root)
+    unset = {name for name, item in params.data.items() if hasattr(item, "path") and not _is_set(item.path)}
+    kept = [name for name in params.data if name not in unset]
+    if not unset or not kept or params.study.missing != "blank":
         return [["data"], []]
     print(
         f"leaves out {', '.join(sorted(unset))}, with what needs it: the path is an environment variable that is not set", file=sys.stderr
     )
-    teachers = [f"teacher@{name}" for name, item in study.teachers.items() if item.data in kept]
-    comparisons = [f"distill@{name}" for name, item in study.comparisons.items() if item.data in kept]
+    teachers = [f"teacher@{name}" for name, item in params.teachers.items() if item.data in kept]
+    comparisons = [f"distill@{name}" for name, item in params.comparisons.items() if item.data in kept]
     tables_alone = ["--single-item", "notebook@4_tables", "tables", "readme"]
     return [[f"data@{name}" for name in kept], teachers + comparisons, tables_alone]
 
 
 def _is_set(path: str) -> bool:
-    from kdlib.data.paths import resolve_path  # noqa: PLC0415 (see ``check``)
+    from kdlib.data.paths import resolve_path  # noqa: PLC0415 (see ``check_study``)
 
     try:
         resolve_path("", path)
@@ -114,26 +115,26 @@ def _is_set(path: str) -> bool:
     return True
 
 
-def join(root: Path) -> None:
+def join_study(root: Path) -> None:
     """Train what the first machine trains, where study.launch names several: in the same folder, but for locks and files of DVC."""
     from kdlib.parallel import launch  # noqa: PLC0415
-    from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (see ``check``)
+    from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (see ``check_study``)
 
-    launch.join(Experiment(root).study.study.launch)
+    launch.join(Experiment(root).params.study.launch)
 
 
-def submit(root: Path, given: argparse.Namespace) -> None:
+def submit_study(root: Path, given: argparse.Namespace) -> None:
     """Put the study into Slurm's queue, after what can be checked away from its machines. Raises ``Refused``."""
-    from kdlib.study.training.checks import check_names, check_shares  # noqa: PLC0415 (see ``check``)
+    from kdlib.study.training.checks import check_shares, check_without_data  # noqa: PLC0415 (see ``check_study``)
 
     try:
         from kdlib.study.cli import slurm  # noqa: PLC0415 (optional)
     except ModuleNotFoundError as error:
         raise Refused(f'{error.name}: found no such package; allowed: submitit and what it needs; `pip install -e ".[slurm]"`') from error
-    study = config.load(root)
-    check_shares(study)
-    check_names(study)
-    print(slurm.submit(root, slurm.Asked(given.hours, given.partition, given.gpus, given.cores, given.sbatch)))
+    params = config.load(root)
+    check_shares(params)
+    check_without_data(params)
+    print(slurm.submit_job(root, slurm.Asked(given.hours, given.partition, given.gpus, given.cores, given.sbatch)))
 
 
 @contextmanager
@@ -183,7 +184,7 @@ def gc(root: Path, free: bool) -> None:
 
 
 def compare(committed: pd.DataFrame, measured: pd.DataFrame) -> tuple[int, list[str]]:
-    """How many of the committed verdicts were reproduced, and one line for each that was not. Frames as tables.verdicts gives them."""
+    """How many of the committed verdicts were reproduced, and one line for each that was not. Frames as ``verdict_table`` gives them."""
     keys = ["question", "comparison", "method", "baseline"]
     joined = committed.merge(measured, on=keys, how="left", suffixes=("", "_here"))
     rows = joined.fillna({"verdict_here": "not measured"}).to_dict("records")
@@ -236,19 +237,15 @@ def _studies(root: Path) -> list[Path]:
 
 def _used(root: Path) -> set[str]:
     """Fingerprints of the runs that the runs/ of the project's studies were filled from."""
-    places = [study / place for study in _studies(root) for place in (DISTILL, TEACHERS)]
+    places = [folder / place for folder in _studies(root) for place in (DISTILL, TEACHERS)]
     return {read_json(path)["fingerprint"] for place in places for path in place.rglob("run.json")}
 
 
 def _add_submit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", nargs="?")
-    parser.add_argument(
-        "--hours", type=float, required=True, metavar="H", help="at a time; a job that used them up goes on in another turn"
-    )
+    hours, gpus = "at a time; a job that used them up goes on in another turn", "on each machine: as many as study.launch.processes"
+    parser.add_argument("--hours", type=float, required=True, metavar="H", help=hours)
     parser.add_argument("--partition", metavar="P", help="without it Slurm's default")
-    parser.add_argument(
-        "--gpus", type=int, default=0, metavar="N", help="on each machine: as many as study.launch.processes; without it none"
-    )
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help=f"{gpus}; without it none")
     parser.add_argument("--cores", type=int, metavar="N", help="on each machine; without it one for each process")
     parser.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch, such as account=abc")
 
@@ -256,27 +253,21 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("run", "join", "check", "readme"):
+    for name in ("run", "join", "submit", "check", "plan", "readme"):
         commands.add_parser(name).add_argument("study", nargs="?")
-    planning = commands.add_parser("plan")
-    planning.add_argument("study", nargs="?")
-    planning.add_argument("--steps", type=int, choices=range(1001), metavar="N", default=5)
+    commands.choices["plan"].add_argument("--steps", type=int, choices=range(1001), metavar="N", default=5)
+    _add_submit(commands.choices["submit"])
     commands.add_parser("gc").add_argument("--free", action="store_true")
-    _add_submit(commands.add_parser("submit"))
     given = parser.parse_args()
-    try:
+    with refusals_in_one_line():
         if given.command == "gc":
             gc(config.find_root(), given.free)
         elif given.command == "plan":
-            plan(find(given.study), given.steps)
+            plan(find_study(given.study), given.steps)
         elif given.command == "submit":
-            submit(find(given.study), given)
+            submit_study(find_study(given.study), given)
         else:
-            {"run": run, "join": join, "check": check, "readme": readme}[given.command](find(given.study))
-    except Refused as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+            {"run": run_study, "join": join_study, "check": check_study, "readme": readme}[given.command](find_study(given.study))
 
 
 if __name__ == "__main__":

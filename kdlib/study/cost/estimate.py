@@ -1,46 +1,23 @@
 """What a study will cost, from what a few of its steps cost: arithmetic alone, of images, operations, seconds and bytes."""
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from kdlib.study.cost.measure import BACKWARD, Cost
 
 NEWEST = 2  # checkpoints that are kept of a run until it is finished (kdlib.engine.checkpoint)
 COPIES = 3  # of a finished run's weights: in the run store, below runs/, in DVC's cache (where that cannot link)
-
-Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Processes that train different runs side by side (on a CPU), or one run together."""
-
-    side_by_side: int
-    together: int
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Of the runs of one comparison, or of all. None: unknown, or not measured."""
-
-    runs: int
-    images: int | None = None  # seen by all runs
-    flops: int | None = None
-    images_a_second: float | None = None  # through the students of one process
-    hours: float | None = None  # of a GPU, or of this machine's CPU
-    wall_hours: float | None = None
-    peak_bytes: int | None = None  # of memory, in one process
-    checkpoint_bytes: int | None = None  # at any one time
-    weights_bytes: int | None = None
-    answers_bytes: int | None = None  # that are kept
-    decoding: float | None = None  # how many times as long as the rest it takes at most; None: nothing is decoded, or nobody knows
+_ADDED = ("runs", "images", "flops", "hours", "wall_hours", "weights_bytes", "answers_bytes")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A teacher that is to be trained, or a comparison."""
+    """A teacher that is to be trained, a comparison, or all of them, and what its runs cost. NaN: unknown, or not measured."""
 
     what: str
     name: str
@@ -48,57 +25,56 @@ class Row:
     student: str
     teacher: str | None
     recipe: str
-    forecast: Forecast
+    runs: int
     live_bytes: int = 0  # of the teacher's answers to the views of one seed, where they are too many to be kept
     shared: int = 0  # runs that an earlier comparison makes too, and which are counted there
+    images: float = math.nan  # seen by all runs
+    flops: float = math.nan
+    images_a_second: float = math.nan  # through the students of one process
+    hours: float = math.nan  # of a GPU, or of this machine's CPU
+    wall_hours: float = math.nan
+    peak_bytes: float = math.nan  # of memory, in one process
+    checkpoint_bytes: float = math.nan  # at any one time
+    weights_bytes: float = math.nan
+    answers_bytes: float = math.nan  # that are kept
+    decoding: float = math.nan  # how many times as long as the rest it takes at most; NaN: nothing is decoded, or nobody knows
 
 
-def forecast(stages: Sequence[Sequence[Cost]], images: int, machine: Machine, answers_bytes: int) -> Forecast:
-    """Of stages, one after the other, of groups of runs each of which sees so many images.
+def forecast(row: Row, stages: Sequence[Sequence[Cost]], images: int, cores: int, processes: int) -> Row:
+    """The row with what its stages cost: one after the other, each of groups of runs that see so many images.
 
-    ``answers_bytes``: that are kept of the teacher's answers.
+    ``cores``: how many groups train side by side; ``processes``: how many train one group together.
     """
     groups = [cost for stage in stages for cost in stage]
-    runs = sum(cost.learners for cost in groups)
-    seconds = [[None if cost.seconds is None else images * cost.seconds for cost in stage] for stage in stages]
-    worked = _sum(value for stage in seconds for value in stage)
-    lasting = _sum(None if (known := _all(stage)) is None else makespan(known, machine.side_by_side) for stage in seconds)
-    return Forecast(
-        runs=runs,
-        images=runs * images,
+    seconds = [[images * _or_nan(cost.seconds) for cost in stage] for stage in stages]
+    worked, hours = sum(map(sum, seconds)), sum(makespan(stage, cores) for stage in seconds) / 3600
+    return replace(
+        row,
+        images=row.runs * images,
         flops=sum(images * ((1 + BACKWARD) * cost.learners * cost.student_flops + cost.teacher_flops) for cost in groups),
-        images_a_second=runs * images / worked if worked else None,
-        hours=None if lasting is None else lasting / 3600,
-        wall_hours=None if lasting is None else lasting / machine.together / 3600,
-        peak_bytes=_most(cost.peak_bytes for cost in groups),
-        checkpoint_bytes=max(checkpoints(stage, machine.side_by_side) for stage in stages),
+        images_a_second=row.runs * images / worked if worked else math.nan,
+        hours=hours,
+        wall_hours=hours / processes,
+        peak_bytes=_most(_or_nan(cost.peak_bytes) for cost in groups),
+        checkpoint_bytes=max(checkpoints(stage, cores) for stage in stages),
         weights_bytes=COPIES * sum(cost.weights_bytes for cost in groups),
-        answers_bytes=answers_bytes,
-        decoding=max((cost.decoding for cost in groups if cost.decoding is not None), default=None),
+        decoding=max((cost.decoding for cost in groups if cost.decoding is not None), default=math.nan),
     )
 
 
-def total(parts: Sequence[Forecast]) -> Forecast:
-    """One after the other. What is not known of a part is not known of the whole."""
-    return Forecast(
-        runs=sum(part.runs for part in parts),
-        images=_sum(part.images for part in parts),
-        flops=_sum(part.flops for part in parts),
-        hours=_sum(part.hours for part in parts),
-        wall_hours=_sum(part.wall_hours for part in parts),
-        peak_bytes=_most(part.peak_bytes for part in parts),
-        checkpoint_bytes=_most(part.checkpoint_bytes for part in parts),
-        weights_bytes=_sum(part.weights_bytes for part in parts),
-        answers_bytes=_sum(part.answers_bytes for part in parts),
-    )
+def total(rows: Sequence[Row]) -> Row:
+    """All of them, one after the other. What is not known of one is not known of all."""
+    known: dict[str, Any] = {name: sum(getattr(row, name) for row in rows) for name in _ADDED}
+    known |= {name: _most(getattr(row, name) for row in rows) for name in ("peak_bytes", "checkpoint_bytes")}
+    return Row("", "total", "", "", None, "", **known)
 
 
 def makespan(seconds: Sequence[float], processes: int) -> float:
     """When the last is done, where each process that becomes free takes the next."""
     free = [0.0] * processes
-    for one in seconds:
-        heapq.heapreplace(free, free[0] + one)
-    return max(free)
+    for duration in seconds:
+        heapq.heapreplace(free, free[0] + duration)
+    return _most(free)
 
 
 def checkpoints(groups: Sequence[Cost], processes: int) -> int:
@@ -112,25 +88,17 @@ def largest_group(peak_bytes: Callable[[int], int | None], group: int, room: int
     ``peak_bytes``: of a group of this size; None: it does not fit.
     """
     while group >= 2:
-        found = peak_bytes(group)
-        if found is not None and found <= room:
+        peak = peak_bytes(group)
+        if peak is not None and peak <= room:
             return group
         group = 0 if group % 2 else group // 2
     return None
 
 
-def _all(values: Iterable[Number | None]) -> list[Number] | None:
-    """None where one of them is."""
-    found = list(values)
-    known = [value for value in found if value is not None]
-    return known if len(known) == len(found) else None
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
-def _sum(values: Iterable[Number | None]) -> Number | None:
-    known = _all(values)
-    return None if known is None else sum(known)
-
-
-def _most(values: Iterable[int | None]) -> int | None:
-    known = _all(values)
-    return None if known is None else max(known, default=0)
+def _most(values: Iterable[float]) -> float:
+    """The largest, 0 of none; unlike Python's, NaN where one is."""
+    return float(np.max(list(values), initial=0.0))

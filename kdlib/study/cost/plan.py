@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -23,7 +24,7 @@ from kdlib.models.build import build
 from kdlib.parallel.placement import Placement
 from kdlib.parallel.workers import side_by_side
 from kdlib.study.cost import measure
-from kdlib.study.cost.estimate import Forecast, Machine, Row, forecast, largest_group
+from kdlib.study.cost.estimate import Row, forecast, largest_group
 from kdlib.study.cost.measure import Cost
 from kdlib.study.cost.synthetic_data import Facts, facts, imagined
 from kdlib.study.training.checks import check_against_data
@@ -58,8 +59,13 @@ class Work:
     shared: int = 0  # runs that are left out, since an earlier comparison makes them
 
     @property
+    def groups(self) -> list[Group]:
+        """Of all stages."""
+        return [group for stage in self.stages for group in stage]
+
+    @property
     def runs(self) -> int:
-        return sum(len(kind.methods) for stage in self.stages for kind, _ in stage)
+        return sum(len(kind.methods) for kind, _ in self.groups)
 
 
 def distilling(experiment: Experiment, name: str, planned: Runs) -> Work:
@@ -67,22 +73,22 @@ def distilling(experiment: Experiment, name: str, planned: Runs) -> Work:
 
     Those of a sweep are not compared: which parameters it will choose is not known.
     """
-    study, comparison = experiment.study, experiment.study.comparisons[name]
+    params, comparison = experiment.params, experiment.params.comparisons[name]
     sweep = comparison.sweep
-    asked = [([variant.method for variant in trials_of(comparison, study)], [sweep.seed])] if sweep else []
-    asked.append(([*comparison.methods, *(sweep.grids if sweep else ())], study.study.seeds))
+    asked = [([variant.method for variant in trials_of(comparison, params)], [sweep.seed])] if sweep else []
+    asked.append(([*comparison.methods, *(sweep.grids if sweep else ())], params.study.seeds))
     kind = Kind(comparison.data, comparison.teacher, comparison.student, None, comparison.recipe, (), 1)
-    made = Work(kind, [_stage(experiment.schedule, kind, methods, seeds) for methods, seeds in asked if methods])
+    whole = Work(kind, [_stage(experiment.schedule, kind, methods, seeds) for methods, seeds in asked if methods])
     if sweep:
-        return made
-    left = Work(kind, [_unplanned(study, comparison, stage, planned) for stage in made.stages])
-    return replace(left, shared=made.runs - left.runs)
+        return whole
+    left = Work(kind, [_unplanned(params, comparison, stage, planned) for stage in whole.stages])
+    return replace(left, shared=whole.runs - left.runs)
 
 
-def _unplanned(study: Params, comparison: Comparison, stage: list[Group], planned: Runs) -> list[Group]:
+def _unplanned(params: Params, comparison: Comparison, stage: list[Group], planned: Runs) -> list[Group]:
     """One comparison's run may be another's too, which then takes it from the store."""
     left = []
-    recipe, fixed = study.recipes[comparison.recipe].model_dump_json(), comparison.subset_seed
+    recipe, fixed = params.recipes[comparison.recipe].model_dump_json(), comparison.subset_seed
     for kind, seed in stage:
         drawn = None if comparison.fraction == 1 else (comparison.fraction, seed if fixed is None else fixed)
         keys = {method: (kind.data, drawn, kind.teacher, kind.student, recipe, method, seed) for method in kind.methods}
@@ -94,15 +100,14 @@ def _unplanned(study: Params, comparison: Comparison, stage: list[Group], planne
 
 def _stage(schedule: Placement, kind: Kind, methods: list[str], seeds: list[int]) -> list[Group]:
     groups = schedule.groups(methods, seeds)
-    its = _threads(schedule, len(groups))
-    return [(replace(kind, methods=tuple(share), threads=its), seed) for share, seed in groups]
+    return [(replace(kind, methods=tuple(share), threads=_threads(schedule, len(groups))), seed) for share, seed in groups]
 
 
 def teaching(experiment: Experiment, name: str) -> Work:
     """What ``Experiment.make_teacher`` trains."""
-    params = experiment.study.teachers[name]
-    kind = Kind(params.data, None, params.model, params.size, params.recipe, (), _threads(experiment.schedule, 1))
-    return Work(kind, [[(replace(kind, methods=(PLAIN,)), params.seed)]])
+    teacher = experiment.params.teachers[name]
+    kind = Kind(teacher.data, None, teacher.model, teacher.size, teacher.recipe, (), _threads(experiment.schedule, 1))
+    return Work(kind, [[(replace(kind, methods=(PLAIN,)), teacher.seed)]])
 
 
 def _threads(schedule: Placement, groups: int) -> int:
@@ -116,23 +121,19 @@ class Outlook:
     """Of an experiment's study. ``steps``: that each kind of group is tried for; with 0 nothing is timed, and memory stays unknown."""
 
     def __init__(self, experiment: Experiment, steps: int) -> None:
-        self.study, self.steps, self.device, self.cores = experiment.study, steps, experiment.device, experiment.schedule.cores
-        launch = self.study.study.launch
-        self.machine = Machine(self.cores, launch.processes * launch.nodes)
-        found = {name: facts(name, params, experiment.root / DATA / name) for name, params in self.study.data.items()}
-        self.facts = {name: one for name, one in found.items() if one}
-        listed = [name for name, one in self.facts.items() if self.study.data[name].source == "originals" and not one.assumed]
-        self.listed = {name: load_dataset(experiment.root / DATA / name) for name in listed}
-        for one in self.facts.values():
-            check_against_data(self.study, imagined(one))
-        self.work = {f"teachers.{name}": teaching(experiment, name) for name, item in self.study.teachers.items() if not item.checkpoint}
+        self.params, self.steps, self.device, self.cores = experiment.params, steps, experiment.device, experiment.schedule.cores
+        self.processes = self.params.study.launch.processes * self.params.study.launch.nodes  # that train one run together
+        folders = {name: experiment.root / DATA / name for name in self.params.data}
+        known = {name: facts(name, source, folders[name]) for name, source in self.params.data.items()}
+        self.facts = {name: of for name, of in known.items() if of}
+        self.assumed = [name for name, of in self.facts.items() if of.assumed]  # nobody has counted their images yet
+        listed = [name for name in self.facts if self.params.data[name].source == "originals" and name not in self.assumed]
+        self.listed = {name: load_dataset(folders[name]) for name in listed}
+        for of in self.facts.values():
+            check_against_data(self.params, imagined(of))
+        self.work = {f"teachers.{name}": teaching(experiment, name) for name, item in self.params.teachers.items() if not item.checkpoint}
         planned: Runs = set()
-        self.work |= {f"comparisons.{name}": distilling(experiment, name, planned) for name in self.study.comparisons}
-
-    @property
-    def assumed(self) -> list[str]:
-        """Data sets whose images nobody has counted yet, and which are taken to be ImageNet."""
-        return [name for name, one in self.facts.items() if one.assumed]
+        self.work |= {f"comparisons.{name}": distilling(experiment, name, planned) for name in self.params.comparisons}
 
     @property
     def where(self) -> str:
@@ -144,9 +145,10 @@ class Outlook:
     def rows(self) -> list[Row]:
         """The teachers that are to be trained, then the comparisons. Raises ``Refused`` for the first that memory is too small for."""
         users: dict[Kind, str] = {}  # of each kind whose data are known the first
-        for key, its in self.work.items():
-            for kind in (kind for stage in its.stages for kind, _ in stage if kind.data in self.facts):
-                users.setdefault(kind, key)
+        for key, work in self.work.items():
+            for kind, _ in work.groups:
+                if kind.data in self.facts:
+                    users.setdefault(kind, key)
         costs = self._costs(list(users))
         if self.steps:
             for kind, key in users.items():
@@ -156,13 +158,13 @@ class Outlook:
 
     def _costs(self, kinds: list[Kind]) -> dict[Kind, Cost]:
         """Tried side by side, as they will be trained."""
-        of = functools.partial(_cost, self.study, self.facts, self.device, (self.steps, self.machine.together))
+        cost = functools.partial(_cost, self.params, self.facts, self.device, self.steps, self.processes)
         costs: dict[Kind, Cost] = {}
         print(f"tries {len(kinds)} groups of runs, of the largest nets some seconds each", file=sys.stderr, flush=True)
         for count in sorted({kind.threads for kind in kinds}):
             alike = [kind for kind in kinds if kind.threads == count]
-            told = [(f"{len(costs) + place} of {len(kinds)}", kind) for place, kind in enumerate(alike, start=1)]
-            costs |= dict(zip(alike, side_by_side(functools.partial(_told, of), told, self._beside(count)), strict=True))
+            numbered = [(f"{number} of {len(kinds)}", kind) for number, kind in enumerate(alike, start=len(costs) + 1)]
+            costs |= dict(zip(alike, side_by_side(cost, numbered, self._beside(count)), strict=True))
         return {kind: self._decoded(kind, cost) for kind, cost in costs.items()}
 
     def _decoded(self, kind: Kind, cost: Cost) -> Cost:
@@ -174,22 +176,21 @@ class Outlook:
         return replace(cost, seconds=together, decoding=seconds / cost.seconds)
 
     @functools.cache  # noqa: B019 (as long as the command)
-    def _decoding(self, data: str, recipe: str) -> float:
-        found, its = self.listed[data], self.study.recipes[recipe]
-        every = np.arange(len(found.train.labels))
-        images, labels = found.train.images, found.train.labels
-        stream = ViewStream(images, labels, every, classes=found.classes, recipe=its, hflip=found.hflip, seed=0)
-        return measure.decoding(stream, self.study.study.launch.processes, self.study.study.launch.nodes)
+    def _decoding(self, name: str, recipe: str) -> float:
+        data, launch = self.listed[name], self.params.study.launch
+        train, index, recipe_params = data.train, np.arange(len(data.train.labels)), self.params.recipes[recipe]
+        stream = ViewStream(train.images, train.labels, index, classes=data.classes, recipe=recipe_params, hflip=data.hflip, seed=0)
+        return measure.decoding(stream, launch.processes, launch.nodes)
 
     def _beside(self, count: int) -> int:
         """Processes of so many threads that train at once."""
         return max(1, self.cores // count)
 
     def _check_memory(self, kind: Kind, cost: Cost, user: str) -> None:
-        recipe, room = self.study.recipes[kind.recipe], measure.room(self.device) // self._beside(kind.threads)
+        recipe, room = self.params.recipes[kind.recipe], measure.room(self.device) // self._beside(kind.threads)
         if cost.peak_bytes is not None and cost.peak_bytes <= room:
             return
-        setting, methods = _setting(self.study, self.facts[kind.data], self.device, kind)
+        setting, methods = _setting(self.params, self.facts[kind.data], self.device, kind)
 
         def peak(size: int) -> int | None:
             smaller = replace(setting, recipe=recipe.model_copy(update={"group_size": size}))
@@ -199,23 +200,24 @@ class Outlook:
         raise too_large(kind, user, recipe.batch_size // recipe.groups, cost.peak_bytes, room, peak)
 
     def _row(self, key: str, costs: Mapping[Kind, Cost], kept: dict[object, int]) -> Row:
-        its, (section, name) = self.work[key], key.split(".")
-        about = section.removesuffix("s"), name, its.of.data, its.of.student, its.of.teacher, its.of.recipe
-        if its.of.data not in self.facts:
-            return Row(*about, Forecast(its.runs), shared=its.shared)
-        recipe = self.study.recipes[its.of.recipe]
-        steps = total_steps(recipe, self.facts[its.of.data].train_images)
-        answers, live = self._answers(name, costs, steps, kept) if its.of.teacher else (0, 0)
-        found = [[costs[kind] for kind, _ in stage] for stage in its.stages]
-        return Row(*about, forecast(found, steps * recipe.batch_size, self.machine, answers), live, its.shared)
+        work, (section, name) = self.work[key], key.split(".")
+        of = work.of
+        row = Row(section.removesuffix("s"), name, of.data, of.student, of.teacher, of.recipe, work.runs, shared=work.shared)
+        if of.data not in self.facts:
+            return row
+        recipe = self.params.recipes[of.recipe]
+        steps = total_steps(recipe, self.facts[of.data].train_images)
+        answers, live = self._answers(name, costs, steps, kept) if of.teacher else (0, 0)
+        stages = [[costs[kind] for kind, _ in stage] for stage in work.stages]
+        return replace(forecast(row, stages, steps * recipe.batch_size, self.cores, self.processes), answers_bytes=answers, live_bytes=live)
 
     def _answers(self, name: str, costs: Mapping[Kind, Cost], steps: int, kept: dict[object, int]) -> tuple[int, int]:
         """Bytes of teachers' answers that a comparison adds to those that are kept, of the same views once; and of those to one seed's
         views where they are too many."""
-        comparison, most = self.study.comparisons[name], round(1e9 * self.study.study.answers_gb)
-        views = json.dumps(self.study.recipes[comparison.recipe].views(), sort_keys=True)
+        comparison, most = self.params.comparisons[name], round(1e9 * self.params.study.answers_gb)
+        views = json.dumps(self.params.recipes[comparison.recipe].views(), sort_keys=True)
         added = live = 0
-        for kind, seed in (group for stage in self.work[f"comparisons.{name}"].stages for group in stage):
+        for kind, seed in self.work[f"comparisons.{name}"].groups:
             size, to = steps * costs[kind].answers_bytes, (comparison.data, comparison.fraction, comparison.teacher, views, seed)
             if size > most:
                 live = max(live, size)
@@ -237,31 +239,27 @@ def too_large(kind: Kind, user: str, group: int, needed: int | None, room: int, 
     return refuse(f"recipes.{kind.recipe}.group_size", found, f"at most {fits}, which fits into {of}", do)
 
 
-def check_disk(of: Forecast, free: int) -> None:
-    """Raises ``Refused`` if all that is written together does not fit into so many bytes."""
-    parts = {"weights": of.weights_bytes, "checkpoints": of.checkpoint_bytes, "teachers' answers": of.answers_bytes}
-    needed, answers = sum(size or 0 for size in parts.values()), of.answers_bytes or 0
+def check_disk(row: Row, free: int) -> None:
+    """Raises ``Refused`` if all that is written together, as far as it is known, does not fit into so many bytes."""
+    sizes = {"weights": row.weights_bytes, "checkpoints": row.checkpoint_bytes, "teachers' answers": row.answers_bytes}
+    sizes = {what: 0 if math.isnan(size) else size for what, size in sizes.items()}
+    needed = sum(sizes.values())
     if needed <= free:
         return
-    told = ", ".join(f"{what} {(size or 0) / 1e9:.3g} GB" for what, size in parts.items())
-    found, allowed = f"{told}: {needed / 1e9:.3g} GB", f"at most the {free / 1e9:.3g} GB that are free"
-    if needed - answers <= free:
+    found = f"{', '.join(f'{what} {size / 1e9:.3g} GB' for what, size in sizes.items())}: {needed / 1e9:.3g} GB"
+    allowed = f"at most the {free / 1e9:.3g} GB that are free"
+    if needed - sizes["teachers' answers"] <= free:
         raise refuse("study.answers_gb", found, allowed, "set it to 0, and the teacher is asked each time, or free some")
     raise refuse("study.seeds", found, allowed, "name fewer of them, or fewer methods in comparisons, or free some")
 
 
-def _cost(study: Params, known: Mapping[str, Facts], device: torch.device, of: tuple[int, int], kind: Kind) -> Cost:
-    """From (steps, processes). Keeps from the log what the engine says, which is not about a real training."""
-    with threads(kind.threads), redirect_stdout(io.StringIO()):
-        return measure.cost(*_setting(study, known[kind.data], device, kind), *of)
-
-
-def _told(of: Callable[[Kind], Cost], item: tuple[str, Kind]) -> Cost:
-    """A cost, said to be worked on: by whichever process does it."""
-    place, kind = item
+def _cost(params: Params, known: Mapping[str, Facts], device: torch.device, steps: int, processes: int, item: tuple[str, Kind]) -> Cost:
+    """Say which one is tried, by whichever process does it; keep from the log what the engine says, which is about no real training."""
+    number, kind = item
     whose = f"{kind.student} of {kind.teacher}" if kind.teacher else kind.student
-    print(f"  {place}: {whose}, {kind.recipe}, {len(kind.methods)} at once", file=sys.stderr, flush=True)
-    return of(kind)
+    print(f"  {number}: {whose}, {kind.recipe}, {len(kind.methods)} at once", file=sys.stderr, flush=True)
+    with threads(kind.threads), redirect_stdout(io.StringIO()):
+        return measure.cost(*_setting(params, known[kind.data], device, kind), steps, processes)
 
 
 @functools.lru_cache(maxsize=1)  # a large one takes seconds to make, and most groups in turn have the same
@@ -269,13 +267,13 @@ def _untrained(model: str, shape: Shape, device: torch.device) -> Teacher:
     return Teacher(build(model, *shape).to(device))
 
 
-def _setting(study: Params, of: Facts, device: torch.device, kind: Kind) -> tuple[Setting, measure.Methods]:
+def _setting(params: Params, of: Facts, device: torch.device, kind: Kind) -> tuple[Setting, measure.Methods]:
     data, teacher = imagined(of), None
     if kind.teacher:
-        taught = study.teachers[kind.teacher]
+        taught = params.teachers[kind.teacher]
         teacher = _untrained(taught.model, (data.classes, data.channels, taught.size or data.size), device)
-    parameters = study.methods if kind.teacher else {PLAIN: {"hard_weight": 1.0}}
+    parameters = params.methods if kind.teacher else {PLAIN: {"hard_weight": 1.0}}
     # all training images, whatever the fraction: a method that keeps something of each takes the most
-    index, recipe = np.arange(of.train_images), study.recipes[kind.recipe]
-    setting = Setting(data, index, kind.student, kind.size or data.size, teacher, recipe, 0, device, "trial", study.study.compute)
+    index, recipe = np.arange(of.train_images), params.recipes[kind.recipe]
+    setting = Setting(data, index, kind.student, kind.size or data.size, teacher, recipe, 0, device, "trial", params.study.compute)
     return setting, {f"{name} {i}": functools.partial(METHODS[name], **parameters[name]) for i, name in enumerate(kind.methods)}

@@ -1,6 +1,5 @@
 """Data sets that are not there: how large one will be, and random images of its shape, to try training on before any image is read."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.config.schema import Cifar100, DataSource, Digits, Fractals, Imagenet, Originals
+from kdlib.config.schema import DataSource, Imagenet, Originals
 from kdlib.data.dataset import DataSet, Split
 from kdlib.data.sources import Shape, declared_shape, digits
+from kdlib.files import read_json
 from kdlib.seed import generator
 
 IMAGENET = 1_281_167  # official training images (Russakovsky et al., IJCV 2015, arXiv 1409.0575, table 2)
@@ -27,44 +27,32 @@ class Facts:
     assumed: bool = False  # nobody has counted: as many as ImageNet's
 
 
-def _digits(params: Digits) -> int:
-    return len(digits.contents("digits", params).labels["train"])
-
-
-def _fractals(params: Fractals) -> int:
-    return params.classes * params.train_per_class
-
-
-def _cifar100(params: Cifar100) -> int:
-    return 100 * (500 - max(1, round(params.val_fraction * 500)))
-
-
-def _imagenet(params: Imagenet | Originals) -> int:
+def _of_imagenet(source: Imagenet | Originals) -> int:
     """Wrong by up to half an image of each class, since the validation images are drawn class by class."""
-    return IMAGENET - round(params.val_fraction * IMAGENET)
+    return IMAGENET - round(source.val_fraction * IMAGENET)
 
 
 # Training images, for the sources of which params.yaml tells them.
 KNOWN: dict[str, Callable[[Any], int]] = {
-    "digits": _digits,
-    "fractals": _fractals,
-    "cifar100": _cifar100,
-    "imagenet": _imagenet,
-    "originals": _imagenet,
+    "digits": lambda source: len(digits.contents("digits", source).labels["train"]),
+    "fractals": lambda source: source.classes * source.train_per_class,
+    "cifar100": lambda source: 100 * (500 - max(1, round(source.val_fraction * 500))),
+    "imagenet": _of_imagenet,
+    "originals": _of_imagenet,
 }
 
 
-def facts(name: str, params: DataSource, folder: Path) -> Facts | None:
+def facts(name: str, source: DataSource, folder: Path) -> Facts | None:
     """As the data stage has found them, if ``folder`` holds a data set of this source and size; else as params.yaml tells; else None."""
     path = folder / "data.json"
     if path.is_file():
-        found = json.loads(path.read_text("utf-8"))
-        if found["source"] == params.source and found["size"] == declared_shape(params)[2]:
-            shape = found["classes"], found["channels"], found["size"]
-            return Facts(name, shape, params.hflip, found["counts"]["train"])
-    if params.source not in KNOWN:
+        written = read_json(path)
+        if written["source"] == source.source and written["size"] == declared_shape(source)[2]:
+            shape = written["classes"], written["channels"], written["size"]
+            return Facts(name, shape, source.hflip, written["counts"]["train"])
+    if source.source not in KNOWN:
         return None
-    return Facts(name, declared_shape(params), params.hflip, KNOWN[params.source](params), params.source == "originals")
+    return Facts(name, declared_shape(source), source.hflip, KNOWN[source.source](source), source.source == "originals")
 
 
 def imagined(of: Facts) -> DataSet:

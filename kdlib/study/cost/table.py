@@ -1,12 +1,12 @@
 """What a study is expected to cost: a row for each teacher and comparison, for the screen and for programs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import pandas as pd
 
-from kdlib.study.cost.estimate import Forecast, Row, total
+from kdlib.study.cost.estimate import Row, total
 
 WIDTH = 120  # characters of a line on the screen
 SHORTEST = 8  # characters that a name is cut to, at least
@@ -16,19 +16,14 @@ _PREFIXES = {1e18: " E", 1e15: " P", 1e12: " T", 1e9: " G", 1e6: " M", 1e3: " k"
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
     """All numbers, in images, operations, hours and bytes; blank where unknown."""
-    tidy: list[dict[str, Any]] = []
-    for row in rows:
-        about = asdict(row)
-        tidy.append({**about, **about.pop("forecast")})
-    found = pd.DataFrame(tidy).drop(columns="forecast")
-    return found.astype(dict.fromkeys(_COUNTS, "Int64") | {"flops": "float64"})  # ImageNet's are too many for 64 bits
+    tidy = pd.DataFrame([asdict(row) for row in rows])
+    return tidy.astype(dict.fromkeys(_COUNTS, "Int64") | {"flops": "float64"})  # ImageNet's are too many for 64 bits
 
 
 def screen(rows: Sequence[Row], on_gpu: bool) -> str:
     """The rows and their total, in lines of at most ``WIDTH`` characters; names that are too long for that are cut."""
     heads = ["", "student", "teacher", "recipe", "runs", "images", "FLOPs", "img/s", "GPU time" if on_gpu else "time", "memory", "disk"]
-    cells = [[row.name, row.student, row.teacher or "", row.recipe, *_numbers(row.forecast)] for row in rows]
-    cells.append(["total", "", "", "", *_numbers(total([row.forecast for row in rows]))])
+    cells = [[row.name, row.student, row.teacher or "", row.recipe, *_numbers(row)] for row in (*rows, total(rows))]
     names = 4
     widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH and max(widths[:names]) > SHORTEST:
@@ -37,38 +32,34 @@ def screen(rows: Sequence[Row], on_gpu: bool) -> str:
 
 
 def notes(rows: Sequence[Row], where: str, steps: int, processes: int, assumed: Sequence[str]) -> list[str]:
-    """What is to be known beside the numbers, of a plan made on a device by so many steps, for processes that train together.
+    """Footnotes for the table: of a plan made on the device ``where`` by so many steps, for processes that train together.
 
     ``assumed``: data sets whose images were not counted, but taken to be ImageNet's.
     """
-    told = [f"{data}: images are counted by the data stage, which has not run" for data in unknown(rows)]
+    uncounted = sorted({row.data for row in rows if math.isnan(row.images)})
+    lines = [f"{data}: images are counted by the data stage, which has not run" for data in uncounted]
     if steps:
-        told += [
+        lines += [
             f"img/s (through all students) and memory (torch's own) are those of one process on {where}, from {steps} steps on random",
             "images that lie in memory, without a search for what compiling gains; time is without validation and tests, and does not",
             "know what is finished already",
         ]
     if shared := sum(row.shared for row in rows):
-        told.append(f"{shared} runs that an earlier comparison makes too are counted there")
-    told += [f"{data}: counted as ImageNet's official images, and not decoded, since the data stage has not run" for data in assumed]
-    told += [
-        f"{row.name}: reading and decoding take {row.forecast.decoding:.2g} times what training takes; more cores would help"
+        lines.append(f"{shared} runs that an earlier comparison makes too are counted there")
+    lines += [f"{data}: counted as ImageNet's official images, and not decoded, since the data stage has not run" for data in assumed]
+    lines += [
+        f"{row.name}: reading and decoding take {row.decoding:.2g} times what training takes; more cores would help"
         for row in rows
-        if (row.forecast.decoding or 0) > 1
+        if row.decoding > 1
     ]
-    wall = total([row.forecast for row in rows]).wall_hours
-    if processes > 1 and wall is not None:
-        told.append(f"time is that of one of {processes} processes times {processes}; on the clock, if they do not wait, {duration(wall)}")
-    for row in rows:
-        if row.live_bytes:
-            size = short(row.live_bytes, "B")
-            told.append(f"{row.name}: answers to the views of a seed take {size}, more than study.answers_gb: the teacher stays live")
-    return told
-
-
-def unknown(rows: Sequence[Row]) -> list[str]:
-    """Data sets whose images are not counted yet."""
-    return sorted({row.data for row in rows if row.forecast.images is None})
+    wall = total(rows).wall_hours
+    if processes > 1 and not math.isnan(wall):
+        lines.append(f"time is that of one of {processes} processes times {processes}; on the clock, if they do not wait, {duration(wall)}")
+    return lines + [
+        f"{row.name}: answers to the views of a seed take {short(row.live_bytes, 'B')}, more than study.answers_gb: the teacher stays live"
+        for row in rows
+        if row.live_bytes
+    ]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], names: int) -> str:
@@ -77,23 +68,21 @@ def _line(cells: Sequence[str], widths: Sequence[int], names: int) -> str:
     return "  ".join(aligned).rstrip()
 
 
-def _numbers(of: Forecast) -> list[str]:
-    disk = [of.checkpoint_bytes, of.weights_bytes, of.answers_bytes]
-    known = [size for size in disk if size is not None]
+def _numbers(row: Row) -> list[str]:
     return [
-        f"{of.runs:,}",
-        short(of.images),
-        short(of.flops),
-        "" if of.images_a_second is None else f"{of.images_a_second:,.0f}",
-        duration(of.hours),
-        short(of.peak_bytes, "B"),
-        short(sum(known) if len(known) == len(disk) else None, "B"),
+        f"{row.runs:,}",
+        short(row.images),
+        short(row.flops),
+        "" if math.isnan(row.images_a_second) else f"{row.images_a_second:,.0f}",
+        duration(row.hours),
+        short(row.peak_bytes, "B"),
+        short(row.checkpoint_bytes + row.weights_bytes + row.answers_bytes, "B"),
     ]
 
 
-def short(value: int | float | None, unit: str = "") -> str:
-    """Three digits and a prefix: 1.23 T; blank for None."""
-    if value is None:
+def short(value: float, unit: str = "") -> str:
+    """Three digits and a prefix: 1.23 T; blank for NaN."""
+    if math.isnan(value):
         return ""
     for factor, prefix in _PREFIXES.items():
         if value >= factor:
@@ -101,9 +90,9 @@ def short(value: int | float | None, unit: str = "") -> str:
     return f"{value:.3g}{f' {unit}' if unit else ''}"
 
 
-def duration(hours: float | None) -> str:
-    """In the unit in which people say it; blank for None."""
-    if hours is None:
+def duration(hours: float) -> str:
+    """In the unit in which people say it; blank for NaN."""
+    if math.isnan(hours):
         return ""
     if hours < 1 / 60:
         return f"{3600 * hours:.0f} s"

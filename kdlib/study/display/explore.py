@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pandas as pd
-from torch import Tensor
 
 from kdlib.engine.metrics import EVALUATION_BATCH, predict
 from kdlib.errors import Refused, known
@@ -19,7 +18,7 @@ def finished(experiment: Experiment) -> pd.DataFrame:
 
     Raises ``Refused`` when there is none.
     """
-    expected = planned.expected(experiment.study)
+    expected = planned.expected(experiment.params)
     there = [run for run in expected if (planned.run_folder(experiment.root, run) / "metrics.json").is_file()]
     if not there:
         raise Refused(f"runs: found none of the {len(expected)} that params.yaml asks for in {experiment.root}; run `make study` first")
@@ -31,24 +30,20 @@ def folders(experiment: Experiment, runs: pd.DataFrame) -> dict[str, Path]:
     return {f"{run[0]} {run[1]}, seed {run[2]}": planned.run_folder(experiment.root, run) for run in runs.index}
 
 
-def answers(experiment: Experiment, comparison: str, folder: Path, split: str = "test") -> pd.DataFrame:
+def predictions(experiment: Experiment, comparison: str, folder: Path, split: str = "test") -> pd.DataFrame:
     """What a comparison's teacher and the student of a run say of each image of a split, one row each, in the split's order.
 
     ``label`` is the true class, ``teacher`` and ``student`` are the classes they choose, ``teacher_p`` and ``student_p`` the
     probabilities in [0, 1] that they give their choice. Raises ``Refused`` for a student that diverged.
     """
-    params = experiment.study.comparisons[known("comparisons", comparison, experiment.study.comparisons)]
-    images = getattr(experiment.data(params.data), split)
+    item = experiment.params.comparisons[known("comparisons", comparison, experiment.params.comparisons)]
+    images = getattr(experiment.data(item.data), split)
     frame = pd.DataFrame({"label": images.labels})
-    models = {"teacher": experiment.teacher(params.teacher)[0], "student": experiment.student(comparison, folder)}
+    models = {"teacher": experiment.teacher(item.teacher)[0], "student": experiment.student(comparison, folder)}
     for name, model in models.items():
         logits = predict(model, images.images, EVALUATION_BATCH, experiment.device)
         if not logits.isfinite().all():
             raise Refused(f"{folder}: its {name} gives logits that are not finite (it diverged); choose another run")
-        frame[name], frame[f"{name}_p"] = _choices(logits)
+        probability, choice = logits.double().softmax(dim=1).max(dim=1)
+        frame[name], frame[f"{name}_p"] = choice.numpy(), probability.numpy()
     return frame
-
-
-def _choices(logits: Tensor) -> tuple["pd.Series", "pd.Series"]:
-    share, choice = logits.double().softmax(dim=1).max(dim=1)
-    return pd.Series(choice.numpy()), pd.Series(share.numpy())

@@ -35,7 +35,7 @@ BATCH = Batch(
 )
 
 
-def said(who: str) -> Output:
+def output_of(who: str) -> Output:
     """What the "student" or the "teacher" says of the four images; embedding and maps are a fixed draw, rounded to one decimal."""
     shape, logits = {"student": (STUDENT, STUDENT_LOGITS), "teacher": (TEACHER, TEACHER_LOGITS)}[who]
     rng = generator("toy", who)
@@ -45,7 +45,7 @@ def said(who: str) -> Output:
     return Output(torch.tensor(logits), embedding, tuple(stage.relu() for stage in before), tuple(before))
 
 
-def made(name: str, parameters: Mapping[str, float]) -> Method:
+def adapted_method(name: str, parameters: Mapping[str, float]) -> Method:
     """A method with its adapters, the same ones in each call."""
     with torch.random.fork_rng():
         seed_torch("toy", "adapters")
@@ -58,8 +58,8 @@ def terms(method: Method, student: Output, teacher: Output, batch: Batch) -> Ter
     """Its loss terms with the plain hard label, as at the end of a training, where warm-ups are over; each call draws the same."""
     with torch.random.fork_rng():
         seed_torch("toy", "step")
-        found: Terms = method(student, teacher, batch, HARD["ce"], torch.ones(()))
-    return found
+        parts: Terms = method(student, teacher, batch, HARD["ce"], torch.ones(()))
+    return parts
 
 
 def looks(method: Method) -> dict[str, str]:
@@ -68,8 +68,8 @@ def looks(method: Method) -> dict[str, str]:
     def own(batch: Batch) -> list[float]:
         remembers = copy.deepcopy(method)
         with torch.no_grad():
-            first, then = (terms(remembers, said("student"), said("teacher"), batch) for _ in range(2))
-        return [value.item() for found in (first, then) for key, value in found.items() if key != "hard"]
+            first, then = (terms(remembers, output_of("student"), output_of("teacher"), batch) for _ in range(2))
+        return [value.item() for step in (first, then) for key, value in step.items() if key != "hard"]
 
     changed = {
         "the label": replace(BATCH, labels=(BATCH.labels + 1) % 3),
@@ -89,11 +89,11 @@ def _parts(asks: Asks) -> str:
     return ", ".join(part.value for part in Feature if part in asks) or "nothing"
 
 
-def card(name: str, parameters: Mapping[str, float]) -> str:
+def method_card(name: str, parameters: Mapping[str, float]) -> str:
     """A method's equation, paper, parameters and what it looks at, as Markdown."""
-    method = made(name, parameters)
+    method = adapted_method(name, parameters)
     rows = looks(method) | {"params.yaml": ", ".join(f"{key} {value:g}" for key, value in parameters.items())}
-    table = "\n".join(f"| {what} | {found} |" for what, found in rows.items())
+    table = "\n".join(f"| {what} | {answer} |" for what, answer in rows.items())
     return f"## {name}\n\n{paper(name)}\n\n$${method.equation}$$\n\n| it looks at | |\n|---|---|\n{table}\n"
 
 
@@ -104,24 +104,24 @@ def paper(name: str) -> str:
 
 def values(name: str, parameters: Mapping[str, float]) -> pd.DataFrame:
     """The terms of the loss, weighted as in training, in one row."""
-    found = terms(made(name, parameters), said("student"), said("teacher"), BATCH)
-    return pd.DataFrame({key: [value.item()] for key, value in found.items()}, index=["value"]).round(4)
+    parts = terms(adapted_method(name, parameters), output_of("student"), output_of("teacher"), BATCH)
+    return pd.DataFrame({key: [value.item()] for key, value in parts.items()}, index=["value"]).round(4)
 
 
 def gradient(name: str, parameters: Mapping[str, float]) -> Output:
     """Of a method's own terms (of the hard loss where it has none) by all that the student says; zero where it does not look."""
-    student = said("student").map(lambda part: part.clone().requires_grad_())
-    found = terms(made(name, parameters), student, said("teacher"), BATCH)
-    own = [value for key, value in found.items() if key != "hard"] or list(found.values())
+    student = output_of("student").map(lambda part: part.clone().requires_grad_())
+    parts = terms(adapted_method(name, parameters), student, output_of("teacher"), BATCH)
+    own = [value for key, value in parts.items() if key != "hard"] or list(parts.values())
     torch.stack(own).sum().backward()
     return student.map(lambda leaf: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
 
 
-def answers() -> Figure:
+def probabilities() -> Figure:
     """The four images: probabilities at temperature 1 that student and teacher give the classes, the label in bold type."""
     figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.2))
     for axis, who in zip(axes, ("student", "teacher"), strict=True):
-        _heat(axis, said(who).logits.softmax(dim=1), f"{who}'s probabilities", CLASSES, "Blues")
+        _heat(axis, output_of(who).logits.softmax(dim=1), f"{who}'s probabilities", CLASSES, "Blues")
         for row, label in enumerate(BATCH.labels.tolist()):
             axis.texts[3 * row + label].set_fontweight("bold")
     return _finished(figure)
@@ -129,11 +129,11 @@ def answers() -> Figure:
 
 def gradients(name: str, parameters: Mapping[str, float]) -> Figure:
     """``gradient`` as heat maps: of logits and embedding with sign, of a stage its size over the channels, for the first image."""
-    found = gradient(name, parameters)
-    flat = {"logits": found.logits, "embedding": found.need(Feature.EMBEDDING)}
+    slopes = gradient(name, parameters)
+    flat = {"logits": slopes.logits, "embedding": slopes.need(Feature.EMBEDDING)}
     stages = {
         f"{what}\nstage {i + 1}, image 1": stage
-        for what, part in (("maps", found.need(Feature.MAPS)), ("preactivations", found.need(Feature.PREACTIVATIONS)))
+        for what, part in (("maps", slopes.need(Feature.MAPS)), ("preactivations", slopes.need(Feature.PREACTIVATIONS)))
         for i, stage in enumerate(part)
     }
     shown = [(what, part) for what, part in (flat | stages).items() if part.abs().max() > 0]
@@ -156,11 +156,9 @@ def _heat(axis: Axes, values: Tensor, title: str, columns: list[str], colours: s
         colour = "white" if abs(value) > 0.6 * most else "black"
         axis.text(column, row, text, ha="center", va="center", fontsize="small", color=colour)
     axis.set_title(title, fontsize="medium")
-    axis.set(xticks=range(len(columns)), yticks=[])
-    axis.set_xticklabels(columns)
-    if columns:
-        axis.set(yticks=range(len(values)))
-        axis.set_yticklabels([f"image {row + 1}" for row in range(len(values))])
+    rows = [f"image {row + 1}" for row in range(len(values))] if columns else []
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
     axis.tick_params(length=0, labelsize="small")
 
 

@@ -1,4 +1,4 @@
-"""What the stages' notebooks show of one data set, one teacher, one comparison. Figures of the whole study are in plots.py."""
+"""What the stages' notebooks show of one data set, one teacher, one comparison. Figures of the whole study: kdlib.study.report.plots."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from kdlib.data.dataset import DataSet
 from kdlib.files import read_json
 
 
-def facts(data: DataSet) -> pd.Series:
+def summary(data: DataSet) -> pd.Series:
     """Sizes, and mean and standard deviation of the training split in [0, 1]."""
     return pd.Series(
         {
@@ -28,15 +28,15 @@ def facts(data: DataSet) -> pd.Series:
     )
 
 
-def classes(data: DataSet, rows: int = 8, columns: int = 10) -> Figure:
+def images_by_class(data: DataSet, rows: int = 8, columns: int = 10) -> Figure:
     """Training images: a class in each row, classes evenly spread over all."""
     chosen = np.linspace(0, data.classes - 1, min(rows, data.classes)).round().astype(int)
     places = [np.flatnonzero(data.train.labels == label)[:columns] for label in chosen]
     titles = [data.class_names[label] for label in chosen]
-    return images([[data.train.images[place] for place in row] for row in places], titles, data.name)
+    return image_sheet([[data.train.images[place] for place in row] for row in places], titles, data.name)
 
 
-def images(grid: list[list[np.ndarray]], titles: list[str], title: str) -> Figure:
+def image_sheet(grid: list[list[np.ndarray]], titles: list[str], title: str) -> Figure:
     """A sheet of images (H x W x C, 0..255), each row with its title on the left."""
     columns = max(len(row) for row in grid)
     figure, axes = plt.subplots(len(grid), columns, figsize=(0.8 * columns + 1, 0.8 * len(grid) + 0.4), squeeze=False)
@@ -82,18 +82,17 @@ def by_name(folders: Iterable[Path]) -> dict[str, Path]:
     return {f"{folder.parent.name}, {folder.name.replace('_', ' ')}": folder for folder in folders if folder.parents[1].name != "trial"}
 
 
-def curves(named: Mapping[str, Path]) -> Figure:
+def training_curves(named: Mapping[str, Path]) -> Figure:
     """Training loss and validation top-1 against the images seen. Runs of one method share a colour."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4))
     colours: dict[str, str] = {}
     for name, folder in named.items():
         method = name.partition(",")[0]
-        first = method not in colours
-        colour = colours.setdefault(method, f"C{len(colours) % 10}")
+        look = {"label": None if method in colours else method, "color": colours.setdefault(method, f"C{len(colours) % 10}")}
         curve = pd.read_csv(folder / "curve.csv")
-        left.plot(curve["images_seen"], curve["loss"], color=colour, label=method if first else None)
+        left.plot(curve["images_seen"], curve["loss"], **look)
         measured = curve.dropna(subset="val_top1")
-        right.plot(measured["images_seen"], 100 * measured["val_top1"], ".-", color=colour, label=method if first else None)
+        right.plot(measured["images_seen"], 100 * measured["val_top1"], ".-", **look)
     left.set(xlabel="images seen", ylabel="training loss, all terms")
     right.set(xlabel="images seen", ylabel="validation top-1, %")
     right.legend()
@@ -101,29 +100,29 @@ def curves(named: Mapping[str, Path]) -> Figure:
     return figure
 
 
-def run(folder: Path) -> pd.DataFrame:
+def describe_run(folder: Path) -> pd.DataFrame:
     """All that a run says of itself: what it was, then what came of it (shares in [0, 1], nats; validation split / test split)."""
-    found = read_json(folder / "run.json") | read_json(folder / "metrics.json")
-    names = [key.removeprefix("val_") for key in found if key.startswith("val_")]
-    pairs = {name: " / ".join(f"{found[key]:.4f}" for key in (f"val_{name}", f"test_{name}") if key in found) for name in names}
-    facts = {key: _short(value) for key, value in found.items() if value is not None and not key.startswith(("val_", "test_"))}
-    return pd.DataFrame({"/".join(folder.parts[-3:]): facts | pairs}, dtype=object)
+    record = read_json(folder / "run.json") | read_json(folder / "metrics.json")
+    names = [key.removeprefix("val_") for key in record if key.startswith("val_")]
+    pairs = {name: " / ".join(f"{record[key]:.4f}" for key in (f"val_{name}", f"test_{name}") if key in record) for name in names}
+    summary = {key: _short(value) for key, value in record.items() if value is not None and not key.startswith(("val_", "test_"))}
+    return pd.DataFrame({"/".join(folder.parts[-3:]): summary | pairs}, dtype=object)
 
 
-def measures(named: Mapping[str, Path], split: str = "val") -> pd.DataFrame:
+def measures_of_runs(named: Mapping[str, Path], split: str = "val") -> pd.DataFrame:
     """One row for each named run: how it ended, its training loss in the last epoch, and its measures on a split."""
     rows = {}
     for name, folder in named.items():
-        found = read_json(folder / "metrics.json")
+        metrics = read_json(folder / "metrics.json")
         loss = pd.read_csv(folder / "curve.csv")["loss"].iloc[-1:]
-        of_split = {key.removeprefix(f"{split}_"): value for key, value in found.items() if key.startswith(f"{split}_")}
-        rows[name] = {"status": found["status"], "training loss": next(iter(loss), None)} | of_split
+        of_split = {key.removeprefix(f"{split}_"): value for key, value in metrics.items() if key.startswith(f"{split}_")}
+        rows[name] = {"status": metrics["status"], "training loss": next(iter(loss), None)} | of_split
     return pd.DataFrame.from_dict(rows, orient="index").round(4)
 
 
-def disagreements(data: DataSet, answers: pd.DataFrame, columns: int = 6) -> Figure:
-    """Test images that teacher and student (``explore.answers``) class differently, one row for each way; first where both are surest."""
-    differ = answers[answers["teacher"] != answers["student"]]
+def disagreements(data: DataSet, predictions: pd.DataFrame, columns: int = 6) -> Figure:
+    """Test images that teacher and student class differently (``explore.predictions``), a row for each way; first where both are surest."""
+    differ = predictions[predictions["teacher"] != predictions["student"]]
     differ = differ.loc[(differ["teacher_p"] * differ["student_p"]).sort_values(ascending=False, kind="stable").index]
     teacher, student = differ["teacher"] == differ["label"], differ["student"] == differ["label"]
     ways = {"only the\nteacher\nis right": teacher, "only the\nstudent\nis right": student, "both are\nwrong": ~teacher & ~student}
@@ -139,19 +138,19 @@ def disagreements(data: DataSet, answers: pd.DataFrame, columns: int = 6) -> Fig
             axis.imshow(data.test.images[place].squeeze(), cmap="gray", vmin=0, vmax=255)
             says = [f"{who} {_name(data, row[who])} ({100 * row[who + '_p']:.0f} %)" for who in ("teacher", "student")]
             axis.set_xlabel("\n".join([f"true {_name(data, row['label'])}", *says]), fontsize="x-small")
-    figure.suptitle(f"{data.name}: teacher and student differ on {len(differ):,} of {len(answers):,} test images")
+    figure.suptitle(f"{data.name}: teacher and student differ on {len(differ):,} of {len(predictions):,} test images")
     figure.tight_layout()
     return figure
 
 
-def by_class(data: DataSet, answers: pd.DataFrame) -> pd.DataFrame:
+def by_class(data: DataSet, predictions: pd.DataFrame) -> pd.DataFrame:
     """One row per true class, the least agreed on first: images, top-1 of both and how often they agree, as shares in [0, 1]."""
-    right = {f"{who}_top1": answers[who] == answers["label"] for who in ("teacher", "student")}
-    agree = answers["teacher"] == answers["student"]
-    groups = answers.assign(**right, agreement=agree).groupby("label")
-    found = groups[[*right, "agreement"]].mean().assign(images=groups.size())
-    found.index = pd.Index([data.class_names[label] for label in found.index], name="class")
-    return found.sort_values("agreement", kind="stable").round(4)
+    right = {f"{who}_top1": predictions[who] == predictions["label"] for who in ("teacher", "student")}
+    agree = predictions["teacher"] == predictions["student"]
+    groups = predictions.assign(**right, agreement=agree).groupby("label")
+    frame = groups[[*right, "agreement"]].mean().assign(images=groups.size())
+    frame.index = pd.Index([data.class_names[label] for label in frame.index], name="class")
+    return frame.sort_values("agreement", kind="stable").round(4)
 
 
 def _splits(data: DataSet) -> dict[str, Any]:

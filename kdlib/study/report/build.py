@@ -13,11 +13,11 @@ from kdlib.study.report import collect, published
 from kdlib.study.report.differences import by_seed
 from kdlib.study.report.readme import changes, labelled, ranked, readme_block, tuned
 from kdlib.study.report.render import Table
-from kdlib.study.report.tables.by_label import losses
-from kdlib.study.report.tables.by_method import methods
-from kdlib.study.report.tables.comparisons import data_scale, measures, recipes
-from kdlib.study.report.tables.effort import cost, grids, sweeps, tuning
-from kdlib.study.report.tables.reproduction import reproduction
+from kdlib.study.report.tables.by_label import label_tables
+from kdlib.study.report.tables.by_method import method_tables
+from kdlib.study.report.tables.comparisons import data_scale_table, measures_table, recipes_table
+from kdlib.study.report.tables.effort import cost_table, grid_tables, sweeps, tuning_table
+from kdlib.study.report.tables.reproduction import reproduction_table
 from kdlib.study.training.planned import expected, expected_runs
 
 
@@ -31,30 +31,26 @@ class Numbers:
     timing: pd.DataFrame  # seconds: they differ from run to run
     teachers: pd.DataFrame
     teacher_curves: pd.DataFrame
-    published: pd.DataFrame  # kdlib.study.report.published.read
+    published: pd.DataFrame  # kdlib.study.report.published.read_published
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A name that study.tables may hold: its tables, and what they say in a sentence each."""
-
-    tables: Callable[[Params, Numbers], list[Table]]  # none for a study that has nothing of the kind
-    sentences: Callable[[Params, pd.DataFrame], list[str]] = lambda study, runs: []  # noqa: ARG005
-
-
-TABLES: dict[str, Entry] = {
-    "published": Entry(lambda _, of: [reproduction(of.planned, of.runs, of.teachers, of.published)]),
-    "data_scale": Entry(lambda study, of: [data_scale(study, of.runs, of.published)], changes),
-    "recipes": Entry(lambda study, of: [recipes(study, of.runs, of.published, of.teachers)]),
-    "tuning": Entry(lambda study, of: [tuning(study, of.runs), *grids(study, of.runs)] if sweeps(study) else [], tuned),
-    "methods": Entry(lambda study, of: methods(study, of.runs, of.timing, of.published, of.teachers), ranked),
-    "losses": Entry(lambda study, of: losses(study, of.runs), labelled),
-    "cost": Entry(lambda study, of: [cost(study, of.runs)]),
-    "measures": Entry(lambda study, of: [measures(study, of.runs)]),
+# What study.tables may name: no table for a study that has nothing of the kind.
+TABLES: dict[str, Callable[[Params, Numbers], list[Table]]] = {
+    "published": lambda _, of: [reproduction_table(of.planned, of.runs, of.teachers, of.published)],
+    "data_scale": lambda params, of: [data_scale_table(params, of.runs, of.published)],
+    "recipes": lambda params, of: [recipes_table(params, of.runs, of.published, of.teachers)],
+    "tuning": lambda params, of: [tuning_table(params, of.runs), *grid_tables(params, of.runs)] if sweeps(params) else [],
+    "methods": lambda params, of: method_tables(params, of.runs, of.timing, of.published, of.teachers),
+    "losses": lambda params, of: label_tables(params, of.runs),
+    "cost": lambda params, of: [cost_table(params, of.runs)],
+    "measures": lambda params, of: [measures_table(params, of.runs)],
 }
+# What they say on the headline's data set, a sentence each.
+SENTENCES: dict[str, Callable[[Params, pd.DataFrame], list[str]]]
+SENTENCES = {"data_scale": changes, "tuning": tuned, "methods": ranked, "losses": labelled}
 
 
-def made(root: Path, planned: Params) -> Params:
+def finished_part(root: Path, planned: Params) -> Params:
     """With ``study.missing: blank`` those teachers and comparisons that were brought to their end, otherwise all.
 
     Raises ``Refused`` when no comparison was.
@@ -68,44 +64,44 @@ def made(root: Path, planned: Params) -> Params:
     return planned.model_copy(update={"teachers": teachers, "comparisons": comparisons})
 
 
-def read(root: Path, study: Params, planned: Params) -> Numbers:
-    """The numbers of exactly the runs that ``study``, what of ``planned`` was made, asks for. Raises ``Refused`` when one is missing."""
-    runs = expected(study)
+def read_numbers(root: Path, params: Params, planned: Params) -> Numbers:
+    """The numbers of exactly the runs that ``params``, what of ``planned`` was made, asks for. Raises ``Refused`` when one is missing."""
+    runs = expected(params)
     return Numbers(
         planned,
         collect.collect(root, runs),
         collect.curves(root, runs),
         collect.timing(root, runs),
-        collect.teachers(root, study.teachers),
-        collect.teacher_curves(root, study.teachers),
-        published.read(root),
+        collect.teachers(root, params.teachers),
+        collect.teacher_curves(root, params.teachers),
+        published.read_published(root),
     )
 
 
-def build(study: Params, numbers: Numbers) -> list[Table]:
+def build_tables(params: Params, numbers: Numbers) -> list[Table]:
     """Every table that study.tables names, in its order."""
-    return [table for name in study.study.tables for table in TABLES[name].tables(study, numbers)]
+    return [table for name in params.study.tables for table in TABLES[name](params, numbers)]
 
 
-def headline(study: Params, numbers: Numbers, figures: Collection[str]) -> str:
+def headline(params: Params, numbers: Numbers, figures: Collection[str]) -> str:
     """results/headline.md: what every table says on the headline's data set, then the first table, below its figure if it has one.
 
     ``figures``: what lies in results/figures. Raises ``Refused`` when the study has nothing for its first table.
     """
-    first = study.study.tables[0]
-    found = TABLES[first].tables(study, numbers)
-    if not found:
+    first = params.study.tables[0]
+    tables = TABLES[first](params, numbers)
+    if not tables:
         raise refuse("study.tables", first, "first a table that the comparisons have something for", "put another one first")
-    sentences = [sentence for name in study.study.tables for sentence in TABLES[name].sentences(study, numbers.runs)]
-    figure = f"results/figures/{found[0].name}.png" if found[0].name in figures else None
-    return readme_block(study, sentences, found[0], figure)
+    sentences = [sentence for name in params.study.tables if name in SENTENCES for sentence in SENTENCES[name](params, numbers.runs)]
+    figure = f"results/figures/{tables[0].name}.png" if tables[0].name in figures else None
+    return readme_block(params, sentences, tables[0], figure)
 
 
 def metrics_summary(runs: pd.DataFrame) -> dict[str, dict[str, float]]:
     """comparison -> method -> mean test top-1 of the finished runs, for ``dvc metrics``; a method without one is left out."""
-    found: dict[str, dict[str, float]] = {}
+    means: dict[str, dict[str, float]] = {}
     students = runs[~runs["trial"]]
     for comparison, variant in dict.fromkeys(zip(students["comparison"], students["variant"], strict=True)):
         if values := by_seed(students, comparison, variant):
-            found.setdefault(str(comparison), {})[str(variant)] = round(statistics.fmean(values.values()), 6)
-    return found
+            means.setdefault(str(comparison), {})[str(variant)] = round(statistics.fmean(values.values()), 6)
+    return means

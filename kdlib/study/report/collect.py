@@ -11,25 +11,18 @@ from kdlib.files import read_json
 from kdlib.study.training.planned import DISTILL, TEACHERS, Run, run_folder
 
 MEASURES = ("top1", "top5", "nll", "ece", "agreement", "teacher_kl")
-_TEXTS = (
-    *("comparison", "data", "teacher", "student", "recipe", "hard_loss"),
-    *("method", "variant", "looks_at", "parameters", "fingerprint", "status", "diverged_cause"),
-)
-_COUNTS = (
-    *("classes", "train_images", "seed", "diverged_step", "images_seen", "steps"),
-    *("student_parameters", "extra_parameters", "extra_bytes", "step_bytes", "train_flops", "teacher_flops"),
-)
-_TRUTHS = ("relational", "trial")
-COLUMNS = [
-    *("comparison", "data", "classes", "fraction", "train_images", "teacher", "student", "recipe", "hard_loss"),
-    *("method", "variant", "looks_at", "relational", "parameters", "seed", "trial", "fingerprint"),
-    *("status", "diverged_step", "diverged_cause", "images_seen", "steps"),
-    *("student_parameters", "extra_parameters", "extra_bytes", "step_bytes", "train_flops", "teacher_flops"),
-    *(f"{split}_{measure}" for split in ("val", "test") for measure in MEASURES),
-]
-_TYPES = {
-    name: "string" if name in _TEXTS else "Int64" if name in _COUNTS else "bool" if name in _TRUTHS else "float64" for name in COLUMNS
+# Of runs.csv, in its order. Counts may be blank.
+_TYPES: dict[str, str] = {
+    **dict.fromkeys(("comparison", "data"), "string"),
+    **{"classes": "Int64", "fraction": "float64", "train_images": "Int64"},
+    **dict.fromkeys(("teacher", "student", "recipe", "hard_loss", "method", "variant", "looks_at"), "string"),
+    **{"relational": "bool", "parameters": "string", "seed": "Int64", "trial": "bool", "fingerprint": "string"},
+    **{"status": "string", "diverged_step": "Int64", "diverged_cause": "string"},
+    **dict.fromkeys(("images_seen", "steps", "student_parameters", "extra_parameters", "extra_bytes", "step_bytes"), "Int64"),
+    **dict.fromkeys(("train_flops", "teacher_flops"), "Int64"),
+    **dict.fromkeys((f"{split}_{measure}" for split in ("val", "test") for measure in MEASURES), "float64"),
 }
+COLUMNS = list(_TYPES)
 
 
 def read_runs(path: Path) -> pd.DataFrame:
@@ -56,9 +49,9 @@ def collect(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
     for run in expected:
         folder = run_folder(root, run)
         row = read_json(folder / "run.json") | read_json(folder / "metrics.json")
-        found = (row["comparison"], row["variant"], row["seed"])
-        if found != run:
-            raise Refused(f"{folder / 'run.json'}: found run {found}; allowed: {run}; the folder was moved: delete it and run `dvc repro`")
+        name = (row["comparison"], row["variant"], row["seed"])
+        if name != run:
+            raise Refused(f"{folder / 'run.json'}: found run {name}; allowed: {run}; the folder was moved: delete it and run `dvc repro`")
         rows.append(row | {"parameters": json.dumps(row["parameters"], separators=(",", ":"))})
     return pd.DataFrame(rows, columns=COLUMNS).astype(_TYPES).round(6)
 
@@ -86,33 +79,29 @@ def teachers(root: Path, names: Iterable[str]) -> pd.DataFrame:
 
 def teacher_curves(root: Path, names: Iterable[str]) -> pd.DataFrame:
     """curve.csv of every named teacher that has one: a loaded teacher was not trained here."""
-    return _join_teachers(
-        root, names, lambda folder: pd.read_csv(folder / "curve.csv") if (folder / "curve.csv").is_file() else pd.DataFrame()
-    )
+
+    def read(folder: Path) -> pd.DataFrame:
+        return pd.read_csv(folder / "curve.csv") if (folder / "curve.csv").is_file() else pd.DataFrame()
+
+    return _join_teachers(root, names, read)
 
 
 def _join(root: Path, expected: Iterable[Run], read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
     expected = list(expected)
     _require(root, expected)
-    parts = []
-    for run in expected:
-        part = read(run_folder(root, run))
-        comparison, variant, seed = run
-        parts.append(
-            pd.concat([pd.DataFrame({"comparison": comparison, "variant": variant, "seed": seed}, index=part.index), part], axis=1)
-        )
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["comparison", "variant", "seed"])
+    return _below(["comparison", "variant", "seed"], [(run, read(run_folder(root, run))) for run in expected])
 
 
 def _join_teachers(root: Path, names: Iterable[str], read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
     names = list(names)
     _refuse_missing([str(TEACHERS / name) for name in names if not has_teacher(root, name)], len(names))
-    parts = []
-    for name in names:
-        part = read(root / TEACHERS / name)
-        part.insert(0, "teacher", name)
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["teacher"])
+    return _below(["teacher"], [((name,), read(root / TEACHERS / name)) for name in names])
+
+
+def _below(keys: list[str], parts: list[tuple[tuple[object, ...], pd.DataFrame]]) -> pd.DataFrame:
+    """One part below the other, each with the values of ``keys`` in front."""
+    named = [pd.concat([pd.DataFrame(dict(zip(keys, values, strict=True)), index=part.index), part], axis=1) for values, part in parts]
+    return pd.concat(named, ignore_index=True) if named else pd.DataFrame(columns=keys)
 
 
 def _require(root: Path, expected: list[Run]) -> None:

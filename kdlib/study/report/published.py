@@ -9,7 +9,7 @@ _TEXTS = ("table", "dataset", "teacher", "student", "recipe", "method", "metric"
 _FRACTIONS = {"imagenet1k_30pct": ("imagenet1k", 0.3), "imagenet1k_60pct": ("imagenet1k", 0.6)}
 
 
-def read(root: Path) -> pd.DataFrame:
+def read_published(root: Path) -> pd.DataFrame:
     """All published numbers: table, dataset, teacher, student, recipe, epochs, method, metric, value (as printed), kind, source.
 
     From the nearest folder at or above the study's that has them: the studies of a project share one copy.
@@ -27,17 +27,9 @@ def figure1(published: pd.DataFrame) -> pd.DataFrame:
     rows = published[published["table"] == "figure1"]
     places = [_FRACTIONS.get(str(name), (str(name), 1.0)) for name in rows["dataset"]]
     pairs = [str(name).split("_minus_") for name in rows["method"]]
-    return pd.DataFrame(
-        {
-            "data": [data for data, _ in places],
-            "fraction": [fraction for _, fraction in places],
-            "method": [method for method, _ in pairs],
-            "baseline": [baseline for _, baseline in pairs],
-            "lead": (rows["value"] / 100).to_numpy(),
-            "kind": rows["kind"].to_numpy(),
-            "source": rows["source"].to_numpy(),
-        }
-    )
+    about = [[*place, *pair] for place, pair in zip(places, pairs, strict=True)]
+    frame = pd.DataFrame(about, columns=["data", "fraction", "method", "baseline"])
+    return frame.assign(lead=(rows["value"] / 100).to_numpy(), **{name: rows[name].to_numpy() for name in ("kind", "source")})
 
 
 def table1(published: pd.DataFrame) -> pd.DataFrame:

@@ -47,22 +47,14 @@ def latex(table: Table) -> str:
     """A table environment, shrunk to the width of the text where it is wider; needs the packages booktabs and graphicx."""
     rows = [" & ".join(str(cell).translate(_LATEX) for cell in row) + r" \\" for row in table.shown.itertuples(index=False)]
     head = " & ".join(str(column).translate(_LATEX) for column in table.shown.columns) + r" \\"
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{{'l' * len(table.shown.columns)}}}",
-        r"\toprule",
-        head,
-        r"\midrule",
-        *rows,
-    ]
     caption = f"{table.title}. {table.caption}".translate(_LATEX)
+    lines = [r"\begin{table}", r"\centering", r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%"]
+    lines += [rf"\begin{{tabular}}{{{'l' * len(table.shown.columns)}}}", r"\toprule", head, r"\midrule", *rows]
     lines += [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{caption}}}", rf"\label{{tab:{table.name}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
 
-def write(table: Table, folder: Path) -> None:
+def write_table(table: Table, folder: Path) -> None:
     """``folder/<name>.md``, ``.csv`` and ``.tex``, each whole or not at all."""
     write_text(folder / f"{table.name}.md", markdown(table))
     write_text(folder / f"{table.name}.tex", latex(table))
@@ -84,9 +76,9 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def told(found: stats.Estimate) -> dict[str, object]:
+def as_columns(estimate: stats.Estimate) -> dict[str, object]:
     """An estimate as columns of a tidy frame."""
-    return {"mean": found.mean, "low": found.low, "high": found.high, "n": found.n, "seeds": " ".join(map(str, found.seeds))}
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.n, "seeds": " ".join(map(str, estimate.seeds))}
 
 
 def measured(row: Mapping[str, Any], *, percent: bool = True, sign: bool = False) -> str:

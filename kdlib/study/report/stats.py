@@ -50,7 +50,7 @@ def estimate(values: Mapping[int, float], confidence: float) -> Estimate:
     return Estimate(mean, mean - half, mean + half, float(2 * stdtr(n - 1, -abs(mean) / error)), seeds)
 
 
-def differences(a: Mapping[int, float], b: Mapping[int, float]) -> BySeed:
+def paired_differences(a: Mapping[int, float], b: Mapping[int, float]) -> BySeed:
     """a - b at each seed that has both: what a seed does to both (its subset, its views, its initialisation) cancels.
 
     Applied to two leads it is the headline statistic: lead at the small scale minus lead at the large one, weak minus strong recipe.
@@ -79,7 +79,7 @@ def verdict(mean: float, p_adjusted: float, confidence: float) -> Verdict:
     return "better" if mean > 0 else "worse"
 
 
-def verdicts(family: Iterable[Estimate], confidence: float) -> list[tuple[Verdict, float]]:
+def holm_verdicts(family: Iterable[Estimate], confidence: float) -> list[tuple[Verdict, float]]:
     """The verdict and the adjusted p value of each member of one family."""
     family = list(family)
     adjusted = holm([member.p for member in family])

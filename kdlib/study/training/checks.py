@@ -22,21 +22,21 @@ from kdlib.study.training.planned import methods_of, trials_of
 from kdlib.types import OutputShape, Setup
 
 
-def check_names(study: Params) -> None:
+def check_without_data(params: Params) -> None:
     """Methods with their parameters, optimisers, and models as far as params.yaml tells the data's shape. Raises ``Refused``."""
-    for name, parameters in study.methods.items():
+    for name, parameters in params.methods.items():
         check_method(f"methods.{name}", name, parameters)
-    for name, recipe in study.recipes.items():
+    for name, recipe in params.recipes.items():
         _check_optimizer(f"recipes.{name}.optimizer", recipe)
         _check_groups(f"recipes.{name}.group_size", recipe)
         _check_rates(f"recipes.{name}", recipe)
         if recipe.augment == "timm" and recipe.crop_padding:
             raise refuse(f"recipes.{name}.crop_padding", recipe.crop_padding, "0 with augment: timm, which has no such crop", "change one")
-    for name, comparison in study.comparisons.items():
-        for trial in trials_of(comparison, study):
+    for name, comparison in params.comparisons.items():
+        for trial in trials_of(comparison, params):
             check_method(f"comparisons.{name}.sweep.grids.{trial.method}", trial.method, trial.parameters)
-    for data, source in study.data.items():
-        _check_users(study, data, declared_shape(source))
+    for data, source in params.data.items():
+        _check_users(params, data, declared_shape(source))
 
 
 def _check_groups(key: str, recipe: Recipe) -> None:
@@ -72,18 +72,12 @@ def check_machines(launch: Launch) -> None:
         raise refuse("study.launch.rendezvous", launch.rendezvous, "host:port of the first machine", "write it as gpu1:29500")
 
 
-def check_launch(study: Params) -> None:
-    """Processes, machines and mix groups fit together and to the hardware of this one. Raises ``Refused``."""
-    check_machines(study.study.launch)
-    check_shares(study)
-
-
-def check_shares(study: Params) -> None:
+def check_shares(params: Params) -> None:
     """Every batch has mix groups for all processes of study.launch, wherever they are. Raises ``Refused``."""
-    processes = study.study.launch.processes * study.study.launch.nodes
-    used = {item.recipe for item in study.teachers.values()} | {item.recipe for item in study.comparisons.values()}
+    processes = params.study.launch.processes * params.study.launch.nodes
+    used = {item.recipe for item in params.teachers.values()} | {item.recipe for item in params.comparisons.values()}
     for name in sorted(used):
-        recipe = study.recipes[name]
+        recipe = params.recipes[name]
         if recipe.groups % processes:
             what = f"{recipe.groups} mix groups in a batch of {recipe.batch_size}"
             allowed = f"a number of groups that {processes} processes can share out (they take whole groups)"
@@ -106,56 +100,52 @@ def check_method(key: str, name: str, parameters: Mapping[str, float]) -> None:
         raise refuse(f"{key}.{parameter}", parameters.get(parameter), reason.partition("allowed: ")[2] or reason, "change it") from error
 
 
-def check_against_data(study: Params, data: DataSet) -> None:
+def check_against_data(params: Params, data: DataSet) -> None:
     """Batch sizes, models and methods of everything that uses this data set. Raises ``Refused``."""
-    for name, teacher in study.teachers.items():
+    for name, teacher in params.teachers.items():
         if teacher.data == data.name:
-            _check_batch(study, teacher.recipe, f"teachers.{name}", len(data.train.labels))
-    for name, comparison in study.comparisons.items():
+            _check_batch(params, teacher.recipe, f"teachers.{name}", len(data.train.labels))
+    for name, comparison in params.comparisons.items():
         if comparison.data == data.name:
-            _check_batch(study, comparison.recipe, f"comparisons.{name}", len(subset(data.train.labels, comparison.fraction, seed=0)))
-    _check_users(study, data.name, (data.classes, data.channels, data.size))
+            _check_batch(params, comparison.recipe, f"comparisons.{name}", len(subset(data.train.labels, comparison.fraction, seed=0)))
+    _check_users(params, data.name, (data.classes, data.channels, data.size))
 
 
-def _check_users(study: Params, data: str, shape: Shape) -> None:
+def _check_users(params: Params, data: str, shape: Shape) -> None:
     """Models and methods that learn from a data set of this shape."""
     classes, channels, size = shape
     teachers: dict[str, OutputShape] = {}
-    for name, teacher in study.teachers.items():
+    for name, teacher in params.teachers.items():
         if teacher.data == data:
-            drop_path = 0.0 if teacher.checkpoint else study.recipes[teacher.recipe].drop_path
+            drop_path = 0.0 if teacher.checkpoint else params.recipes[teacher.recipe].drop_path
             looks_at = (classes, channels, teacher.size or size)
             teachers[name] = _check_model(f"teachers.{name}.model", teacher.model, looks_at, drop_path)
-    for name, comparison in study.comparisons.items():
+    for name, comparison in params.comparisons.items():
         if comparison.data == data:
-            drop_path = study.recipes[comparison.recipe].drop_path
+            drop_path = params.recipes[comparison.recipe].drop_path
             student = _check_model(f"comparisons.{name}.student", comparison.student, shape, drop_path)
-            _check_methods(study, name, student, teachers[comparison.teacher])
+            _check_methods(params, name, student, teachers[comparison.teacher])
 
 
 def _check_model(key: str, name: str, shape: Shape, drop_path: float) -> OutputShape:
-    found = _answers(name, *shape, drop_path)
-    if isinstance(found, str):
-        raise Refused(f"{FILE}: {key}: {found}")
-    return found
+    """The shape of a model's answers. Raises ``Refused`` where the model cannot be had."""
+    try:
+        return _output_shape(name, *shape, drop_path)
+    except ValueError as error:  # says "found ...; allowed: ...; what to do"
+        raise Refused(f"{FILE}: {key}: {' '.join(str(error).split())}") from None
 
 
 @cache  # many comparisons share a student, and a large model takes seconds to build
-def _answers(name: str, classes: int, channels: int, size: int, drop_path: float) -> OutputShape | str:
-    """The shape of a model's answers, or why it cannot be had, as "found ...; allowed: ...; what to do"."""
-    try:
-        return build(name, classes, channels, size, drop_path).shape
-    except ValueError as error:
-        return " ".join(str(error).split())
+def _output_shape(name: str, classes: int, channels: int, size: int, drop_path: float) -> OutputShape:
+    return build(name, classes, channels, size, drop_path).shape
 
 
-def _check_methods(study: Params, name: str, student: OutputShape, teacher: OutputShape) -> None:
+def _check_methods(params: Params, name: str, student: OutputShape, teacher: OutputShape) -> None:
     """Every method of a comparison can learn from this teacher with this student under this recipe."""
-    comparison, key = study.comparisons[name], f"comparisons.{name}"
-    recipe = study.recipes[comparison.recipe]
-    variants = {f"{key}.methods": methods_of(comparison, study), f"{key}.sweep.grids": trials_of(comparison, study)}
-    for place, variant in ((place, variant) for place, found in variants.items() for variant in found):
-        method = METHODS[variant.method](**variant.parameters)
+    comparison, key = params.comparisons[name], f"comparisons.{name}"
+    recipe = params.recipes[comparison.recipe]
+    for variant in (*methods_of(comparison, params), *trials_of(comparison, params)):
+        place, method = f"{key}.{'sweep.grids' if variant.trial else 'methods'}", METHODS[variant.method](**variant.parameters)
         if recipe.hard_loss == "none" and not method.asks_teacher:
             found, do = f"{variant.method} with recipe {comparison.recipe!r}, whose hard_loss is none", "remove it, or choose ce or bce"
             raise refuse(place, found, "a method that asks the teacher", do)
@@ -181,12 +171,11 @@ def _check_optimizer(key: str, recipe: Recipe) -> None:
         raise refuse(key, recipe.optimizer, f"an optimiser that works on this machine ({error})", "choose another, such as sgd") from error
 
 
-def _check_batch(study: Params, recipe: str, user: str, images: int) -> None:
-    batch = study.recipes[recipe].batch_size
+def _check_batch(params: Params, recipe: str, user: str, images: int) -> None:
+    batch = params.recipes[recipe].batch_size
     if batch > images:
-        raise refuse(
-            f"recipes.{recipe}.batch_size", batch, f"at most the {images} training images of {user}", "make it smaller, or use more data"
-        )
+        allowed = f"at most the {images} training images of {user}"
+        raise refuse(f"recipes.{recipe}.batch_size", batch, allowed, "make it smaller, or use more data")
 
 
 @contextmanager

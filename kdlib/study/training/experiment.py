@@ -30,8 +30,7 @@ from kdlib.models.checkpoints import load_checkpoint
 from kdlib.parallel.launch import placed
 from kdlib.parallel.placement import Placement
 from kdlib.parallel.ranks import from_rank_zero, rank, say, wait_for_all
-from kdlib.study.training import identity
-from kdlib.study.training.checks import check_against_data, check_launch, check_method, check_names, full_memory_refused
+from kdlib.study.training import checks, identity
 from kdlib.study.training.code_hash import fingerprint
 from kdlib.study.training.planned import DATA, TEACHERS, TUNED, Variant, methods_of, run_folder, trials_of
 from kdlib.study.training.store import ANSWERS, Store, beside_dvc_cache
@@ -61,62 +60,56 @@ class Experiment:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or config.find_root()
-        self.study: Params = placed(config.load(self.root))
+        self.params: Params = placed(config.load(self.root))
         self.store = Store(beside_dvc_cache(self.root))
         self.answers = beside_dvc_cache(self.root, ANSWERS)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.schedule = Placement.on(self.device, self.study.study.launch, Diverged)
-        check_names(self.study)
-        check_launch(self.study)
-
-    # -- data -----------------------------------------------------------------------------------------------------------------
+        self.schedule = Placement.on(self.device, self.params.study.launch, Diverged)
+        checks.check_without_data(self.params)
+        checks.check_machines(self.params.study.launch)
+        checks.check_shares(self.params)
 
     def prepare_data(self, name: str) -> DataSet:
         """Write the folder of a data set."""
-        key = known("data", name, self.study.data)
-        return prepare(key, self.study.data[key], self.root / DATA / key)
+        key = known("data", name, self.params.data)
+        return prepare(key, self.params.data[key], self.root / DATA / key)
 
     def data(self, name: str) -> DataSet:
         """Open the folder of a data set that the data stage has written."""
         return load_dataset(self.root / DATA / name)
 
-    # -- teacher --------------------------------------------------------------------------------------------------------------
-
     @refuse_full_disk()
     def make_teacher(self, name: str) -> dict[str, Any]:
         """Train or load a teacher and measure it. Returns its metrics. Raises ``Refused`` below the accuracy demanded of it."""
-        params = self.study.teachers[known("teachers", name, self.study.teachers)]
-        data = self.data(params.data)
-        check_against_data(self.study, data)
+        teacher = self.params.teachers[known("teachers", name, self.params.teachers)]
+        data = self.data(teacher.data)
+        checks.check_against_data(self.params, data)
         folder = self.root / TEACHERS / name
-        if params.checkpoint is None:
-            found = self.store.run(self.schedule.run_together(functools.partial(self._train_teacher, name)).fingerprint)
+        if teacher.checkpoint is None:
+            folder_of_run = self.store.run(self.schedule.run_together(functools.partial(self._train_teacher, name)).fingerprint)
         else:
-            found = self._import_checkpoint(name, data)
-        metrics = read_json(found / "metrics.json")
+            folder_of_run = self._import_checkpoint(name, data)
+        metrics = read_json(folder_of_run / "metrics.json")
         if metrics["status"] != "finished":
             what = f"diverged at step {metrics['diverged_step']}"
             raise refuse(f"teachers.{name}", what, "a teacher whose loss stays finite", metrics["diverged_cause"])
         top1 = metrics["test_top1"]
-        if top1 < params.min_top1:
-            raise refuse(
-                f"teachers.{name}.min_top1",
-                params.min_top1,
-                f"at most the top-1 of {top1:.4f} that this teacher reaches on the test split",
-                "train it longer or with more data, choose a stronger model, or demand less of it",
-            )
-        write_json(folder / "run.json", {"teacher": name, **params.model_dump(), "fingerprint": found.name})
-        self.store.export(found.name, folder)
+        if top1 < teacher.min_top1:
+            allowed = f"at most the top-1 of {top1:.4f} that this teacher reaches on the test split"
+            do = "train it longer or with more data, choose a stronger model, or demand less of it"
+            raise refuse(f"teachers.{name}.min_top1", teacher.min_top1, allowed, do)
+        write_json(folder / "run.json", {"teacher": name, **teacher.model_dump(), "fingerprint": folder_of_run.name})
+        self.store.export(folder_of_run.name, folder)
         return metrics
 
     def teacher(self, name: str) -> tuple[Teacher, str]:
         """A teacher that the teacher stage has made, frozen, and what tells its answers from another's: its model and its weights."""
-        params, path = self.study.teachers[name], self.root / TEACHERS / name / "weights.safetensors"
+        teacher, path = self.params.teachers[name], self.root / TEACHERS / name / "weights.safetensors"
         if not path.is_file():
             raise refuse(f"teachers.{name}", "no weights", "a teacher that the teacher stage has made", f"run `dvc repro teacher@{name}`")
-        return Teacher(self._trained(params.model, params.data, params.size, path)), fingerprint(params.model, params.size, sha256(path))
-
-    # -- distillation ---------------------------------------------------------------------------------------------------------
+        return Teacher(self._trained(teacher.model, teacher.data, teacher.size, path)), fingerprint(
+            teacher.model, teacher.size, sha256(path)
+        )
 
     @refuse_full_disk()
     def distill(self, name: str) -> list[Path]:
@@ -124,14 +117,14 @@ class Experiment:
 
         A finished run is taken from the store, an interrupted one goes on, anything else is trained; on a CPU the seeds side by side.
         """
-        comparison = self.study.comparisons[known("comparisons", name, self.study.comparisons)]
-        check_against_data(self.study, self.data(comparison.data))
+        comparison = self.params.comparisons[known("comparisons", name, self.params.comparisons)]
+        checks.check_against_data(self.params, self.data(comparison.data))
         folders = []
         if comparison.sweep:
-            trials = self.schedule.groups(trials_of(comparison, self.study), [comparison.sweep.seed])
+            trials = self.schedule.groups(trials_of(comparison, self.params), [comparison.sweep.seed])
             folders += [self._export(name, plan) for plan in self._run_groups(name, trials)]
-        variants = [*methods_of(comparison, self.study), *self._chosen(name)]
-        groups = self.schedule.groups(variants, self.study.study.seeds)
+        variants = [*methods_of(comparison, self.params), *self._chosen(name)]
+        groups = self.schedule.groups(variants, self.params.study.seeds)
         return folders + [self._export(name, plan) for plan in self._run_groups(name, groups)]
 
     @refuse_full_disk()
@@ -140,24 +133,21 @@ class Experiment:
 
         The same functions as the pipeline's; runs/ and results/ stay as they are, and the same call again costs nothing.
         """
-        known("comparisons", comparison, self.study.comparisons)
+        among = self.params.comparisons[known("comparisons", comparison, self.params.comparisons)]
         # typed as params.yaml's numbers are: 4 and 4.0, or a seed out of a table, must name one run
         changed = {name: float(value) for name, value in parameters.items()}
-        variant = Variant(method, method, {**self.study.methods[known("method", method, self.study.methods)], **changed})
-        check_method(f"methods.{method}", method, variant.parameters)
-        check_against_data(self.study, self.data(self.study.comparisons[comparison].data))
-        among = self.study.comparisons[comparison]
+        variant = Variant(method, method, {**self.params.methods[known("method", method, self.params.methods)], **changed})
+        checks.check_method(f"methods.{method}", method, variant.parameters)
+        checks.check_against_data(self.params, self.data(among.data))
         variants = len(among.methods) + len(among.sweep.grids if among.sweep else ())
-        with threads(self.schedule.threads(variants, len(self.study.study.seeds))):  # as in its comparison
+        with threads(self.schedule.threads(variants, len(self.params.study.seeds))):  # as in its comparison
             (plan,) = self._run(comparison, ([variant], int(seed)))
         return self.store.run(plan.fingerprint)
 
     def student(self, comparison: str, folder: Path) -> Classifier:
         """A student with the final weights of a run of this comparison."""
-        params = self.study.comparisons[comparison]
-        return self._trained(params.student, params.data, None, folder / "weights.safetensors").eval()
-
-    # -- inside ---------------------------------------------------------------------------------------------------------------
+        item = self.params.comparisons[comparison]
+        return self._trained(item.student, item.data, None, folder / "weights.safetensors").eval()
 
     def _trained(self, model: str, data_name: str, size: int | None, weights: Path) -> Classifier:
         data = self.data(data_name)
@@ -166,14 +156,14 @@ class Experiment:
         return classifier.to(self.device)
 
     def _train_teacher(self, name: str) -> Planned:
-        params = self.study.teachers[name]
-        data, recipe = self.data(params.data), self.study.recipes[params.recipe]
-        index, size = np.arange(len(data.train.labels)), params.size or data.size
-        compute = self.study.study.compute
-        setting = Setting(data, index, params.model, size, None, recipe, params.seed, self.device, f"teacher {name}", compute)
+        teacher = self.params.teachers[name]
+        data, recipe = self.data(teacher.data), self.params.recipes[teacher.recipe]
+        index, size = np.arange(len(data.train.labels)), teacher.size or data.size
+        compute = self.params.study.compute
+        setting = Setting(data, index, teacher.model, size, None, recipe, teacher.seed, self.device, f"teacher {name}", compute)
         alone = Variant(PLAIN, PLAIN, {"hard_weight": 1.0})
-        plan = Planned(alone, params.seed, identity.of_run(setting, None, alone))
-        with full_memory_refused(params.recipe, recipe):
+        plan = Planned(alone, teacher.seed, identity.of_run(setting, None, alone))
+        with checks.full_memory_refused(teacher.recipe, recipe):
             self._complete(setting, [plan])
         return plan
 
@@ -187,26 +177,16 @@ class Experiment:
 
     def _run(self, name: str, group: Group) -> list[Planned]:
         setting, plans = self._plan(name, group)
-        with full_memory_refused(self.study.comparisons[name].recipe, setting.recipe):
+        with checks.full_memory_refused(self.params.comparisons[name].recipe, setting.recipe):
             self._complete(setting, plans)
         return plans
 
     def _plan(self, name: str, group: Group) -> tuple[Setting, list[Planned]]:
-        comparison, (variants, seed) = self.study.comparisons[name], group
+        comparison, (variants, seed) = self.params.comparisons[name], group
         data, (teacher, digest) = self.data(comparison.data), self.teacher(comparison.teacher)
-        setting = Setting(
-            data,
-            _subset(data, comparison, seed),
-            comparison.student,
-            data.size,
-            teacher,
-            self.study.recipes[comparison.recipe],
-            seed,
-            self.device,
-            f"{name} seed {seed}",
-            self.study.study.compute,
-            self.study.study.answers_gb,
-        )
+        index, recipe, title = _subset(data, comparison, seed), self.params.recipes[comparison.recipe], f"{name} seed {seed}"
+        compute, most = self.params.study.compute, self.params.study.answers_gb
+        setting = Setting(data, index, comparison.student, data.size, teacher, recipe, seed, self.device, title, compute, most)
         setting = replace(setting, cache_folder=self.answers / identity.of_answers(setting, digest))
         return setting, [Planned(variant, seed, identity.of_run(setting, digest, variant)) for variant in variants]
 
@@ -220,69 +200,63 @@ class Experiment:
                 say(f"{setting.title}  {sum(there.values())} of {len(wanted)} runs are finished already")
             jobs = [_job(plan, self.store.run(key)) for key, plan in wanted.items() if not there[key]]
             if jobs:
-                train(setting, jobs, save_seconds=self.study.study.checkpoint_seconds)
+                train(setting, jobs, save_seconds=self.params.study.checkpoint_seconds)
                 wait_for_all()  # rank 0 has written
-        if self.study.study.on_divergence == "fail":
+        if self.params.study.on_divergence == "fail":
             for plan in plans:
                 _require_finished(f"{setting.title}: {plan.variant.name}", read_json(self.store.run(plan.fingerprint) / "metrics.json"))
 
     def _export(self, name: str, plan: Planned) -> Path:
-        comparison, variant = self.study.comparisons[name], plan.variant
+        comparison, variant = self.params.comparisons[name], plan.variant
         data = self.data(comparison.data)
         folder = run_folder(self.root, (name, variant.name, plan.seed))
-        write_json(
-            folder / "run.json",
-            {
-                "comparison": name,
-                "data": comparison.data,
-                "classes": data.classes,
-                "fraction": comparison.fraction,
-                "train_images": len(_subset(data, comparison, plan.seed)),
-                "teacher": comparison.teacher,
-                "student": comparison.student,
-                "recipe": comparison.recipe,
-                "hard_loss": self.study.recipes[comparison.recipe].hard_loss,
-                "method": variant.method,
-                "variant": variant.name,
-                "looks_at": looks_at(METHODS[variant.method]),
-                "relational": METHODS[variant.method].relational,
-                "parameters": dict(variant.parameters),
-                "seed": plan.seed,
-                "trial": variant.trial,
-                "fingerprint": plan.fingerprint,
-            },
-        )
+        described = {
+            "comparison": name,
+            "data": comparison.data,
+            "classes": data.classes,
+            "fraction": comparison.fraction,
+            "train_images": len(_subset(data, comparison, plan.seed)),
+            **comparison.model_dump(include={"teacher", "student", "recipe"}),
+            "hard_loss": self.params.recipes[comparison.recipe].hard_loss,
+            "method": variant.method,
+            "variant": variant.name,
+            "looks_at": looks_at(METHODS[variant.method]),
+            "relational": METHODS[variant.method].relational,
+            "parameters": dict(variant.parameters),
+            "seed": plan.seed,
+            "trial": variant.trial,
+            "fingerprint": plan.fingerprint,
+        }
+        write_json(folder / "run.json", described)
         self.store.export(plan.fingerprint, folder)  # metrics.json comes last of all
         return folder
 
     def _chosen(self, name: str) -> Iterator[Variant]:
         """For each swept method the trial with the highest validation top-1; the first in params.yaml's order wins a tie."""
-        comparison = self.study.comparisons[name]
+        comparison = self.params.comparisons[name]
         if comparison.sweep is None:
             return
-        trials = trials_of(comparison, self.study)
+        seed = comparison.sweep.seed
+
+        def top1(trial: Variant) -> float:
+            return float(read_json(run_folder(self.root, (name, trial.name, seed)) / "metrics.json").get("val_top1", -1.0))
+
         for method in comparison.sweep.grids:
-            scored = [
-                (read_json(run_folder(self.root, (name, v.name, comparison.sweep.seed)) / "metrics.json").get("val_top1", -1.0), v)
-                for v in trials
-                if v.method == method
-            ]
-            best = max(scored, key=lambda pair: pair[0])[1]
+            best = max((trial for trial in trials_of(comparison, self.params) if trial.method == method), key=top1)
             yield Variant(method + TUNED, method, best.parameters)
 
     def _import_checkpoint(self, name: str, data: DataSet) -> Path:
         """A checkpoint from elsewhere as a finished run of the store: measured, and in our weights' format."""
-        params = self.study.teachers[name]
-        path, size = self.root / str(params.checkpoint), params.size or data.size
+        teacher = self.params.teachers[name]
+        path, size = self.root / str(teacher.checkpoint), teacher.size or data.size
         shape = (data.classes, data.channels, size)
-        classifier = load_checkpoint(f"teachers.{name}.checkpoint", path, params.model, shape).to(self.device)
-        folder = self.store.run(fingerprint("checkpoint", sha256(path), params.model, size, data.fingerprint))
+        classifier = load_checkpoint(f"teachers.{name}.checkpoint", path, teacher.model, shape).to(self.device)
+        folder = self.store.run(fingerprint("checkpoint", sha256(path), teacher.model, size, data.fingerprint))
         try:
             write_measured(folder, classifier, data, self.device)
         except FloatingPointError as error:
-            raise refuse(
-                f"teachers.{name}.checkpoint", params.checkpoint, "weights that give finite logits", f"choose another file ({error})"
-            ) from error
+            do = f"choose another file ({error})"
+            raise refuse(f"teachers.{name}.checkpoint", teacher.checkpoint, "weights that give finite logits", do) from error
         return folder
 
 

@@ -25,20 +25,12 @@ class Variant:
     trial: bool = False
 
 
-def trials_of(comparison: Comparison, study: Params) -> list[Variant]:
+def trials_of(comparison: Comparison, params: Params) -> list[Variant]:
     """The trials of a comparison's sweep; parameters that are not in the grid stay as ``methods`` has them."""
-    if comparison.sweep is None:
-        return []
-    return [
-        Variant(
-            "trial/" + ".".join([method, *(f"{key}_{_short(value)}" for key, value in point.items())]),
-            method,
-            {**study.methods[method], **point},
-            trial=True,
-        )
-        for method, grid in comparison.sweep.grids.items()
-        for point in grid_points(grid)
-    ]
+    grids = comparison.sweep.grids if comparison.sweep else {}
+    points = [(method, point) for method, grid in grids.items() for point in grid_points(grid)]
+    names = ["trial/" + ".".join([method, *(f"{key}_{_short(value)}" for key, value in point.items())]) for method, point in points]
+    return [Variant(name, method, params.methods[method] | point, trial=True) for name, (method, point) in zip(names, points, strict=True)]
 
 
 def _short(value: float) -> str:
@@ -47,25 +39,24 @@ def _short(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
-def methods_of(comparison: Comparison, study: Params) -> list[Variant]:
+def methods_of(comparison: Comparison, params: Params) -> list[Variant]:
     """The methods of a comparison at their own parameters."""
-    return [Variant(method, method, study.methods[method]) for method in comparison.methods]
+    return [Variant(method, method, params.methods[method]) for method in comparison.methods]
 
 
-def expected_runs(study: Params, name: str) -> list[tuple[str, str, int]]:
-    """(comparison, variant, seed) of every run of one comparison."""
-    comparison = study.comparisons[name]
-    names = [variant.name for variant in methods_of(comparison, study)]
-    trials: list[tuple[str, str, int]] = []
+def expected_runs(params: Params, name: str) -> list[Run]:
+    """Every run of one comparison."""
+    comparison = params.comparisons[name]
+    names, trials = list(comparison.methods), []
     if comparison.sweep:
-        trials = [(name, variant.name, comparison.sweep.seed) for variant in trials_of(comparison, study)]
+        trials = [(name, trial.name, comparison.sweep.seed) for trial in trials_of(comparison, params)]
         names += [method + TUNED for method in comparison.sweep.grids]
-    return trials + [(name, variant, seed) for variant in names for seed in study.study.seeds]
+    return trials + [(name, variant, seed) for variant in names for seed in params.study.seeds]
 
 
-def expected(study: Params) -> list[tuple[str, str, int]]:
-    """(comparison, variant, seed) of every run that params.yaml asks for, in its order."""
-    return [run for name in study.comparisons for run in expected_runs(study, name)]
+def expected(params: Params) -> list[Run]:
+    """Every run that params.yaml asks for, in its order."""
+    return [run for name in params.comparisons for run in expected_runs(params, name)]
 
 
 def run_folder(root: Path, run: Run) -> Path:

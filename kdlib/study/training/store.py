@@ -87,9 +87,9 @@ def project(root: Path) -> Path:
 def dvc_cache(root: Path) -> Path:
     """The DVC cache of a study's project, wherever its configuration (.dvc/config, .dvc/config.local) puts that."""
     folder = project(root) / ".dvc"
-    found = configparser.ConfigParser(interpolation=None)
-    found.read([folder / "config", folder / "config.local"], encoding="utf-8")
-    return (folder / Path(found.get("cache", "dir", fallback="cache").strip("'\"")).expanduser()).resolve()
+    settings = configparser.ConfigParser(interpolation=None)
+    settings.read([folder / "config", folder / "config.local"], encoding="utf-8")
+    return (folder / Path(settings.get("cache", "dir", fallback="cache").strip("'\"")).expanduser()).resolve()
 
 
 def beside_dvc_cache(root: Path, name: str = RUNS) -> Path:

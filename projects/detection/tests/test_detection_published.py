@@ -24,7 +24,7 @@ IMAGENET = tiny.ROOT / "studies/imagenet"  # trains the backbones
 
 @pytest.fixture(scope="module")
 def published() -> settings.Params:
-    content = config.read(HERE)
+    content = config.read_yaml(HERE)
     content["study"]["launch"]["processes"] = 1
     return settings.parse(content)
 

@@ -124,7 +124,7 @@ def test_two_processes_are_one_with_two_groups(tmp_path: Path) -> None:
 
 def test_a_damaged_image_is_named_though_another_process_decodes(tmp_path: Path) -> None:
     root = shapes.write(tmp_path)
-    content = config.read(root)
+    content = config.read_yaml(root)
     content["study"]["workers"] = 1
     shapes.save(root, content)
     for number in range(8):
@@ -171,7 +171,7 @@ def test_a_full_gpu_is_told_with_the_parameter(tmp_path: Path, monkeypatch: pyte
 
 def test_several_machines_are_refused(tmp_path: Path) -> None:
     root = shapes.write(tmp_path)
-    content = config.read(root)
+    content = config.read_yaml(root)
     content["study"]["launch"] = {"processes": 2, "nodes": 2, "rendezvous": "first:29500"}
     with refused("study.launch.nodes", "found 2", "allowed: 1", "of one machine"):
         settings.load(shapes.save(root, content))
@@ -181,7 +181,7 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
     root = shapes.write(tmp_path)
     with refused("runs", "'smal'", "did you mean 'small'?"):
         run(root, "smal")
-    content = config.read(root)
+    content = config.read_yaml(root)
     content["runs"]["small"]["recipe"] = "tin"
     with refused("runs.small.recipe", "'tin'", "did you mean 'tiny'?"):
         settings.load(shapes.save(root, content))

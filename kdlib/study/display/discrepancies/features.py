@@ -29,19 +29,19 @@ RKD_CODE = "lenscloth/RKD metric/loss.py; Hao840/vanillaKD losses/rkd.py; torchd
 
 
 def _embeddings() -> tuple[Tensor, Tensor]:
-    return methods.said("student").need(Feature.EMBEDDING), methods.said("teacher").need(Feature.EMBEDDING)
+    return methods.output_of("student").need(Feature.EMBEDDING), methods.output_of("teacher").need(Feature.EMBEDDING)
 
 
 def _maps() -> tuple[Maps, Maps]:
-    return methods.said("student").need(Feature.MAPS), methods.said("teacher").need(Feature.MAPS)
+    return methods.output_of("student").need(Feature.MAPS), methods.output_of("teacher").need(Feature.MAPS)
 
 
 def _made(name: str, **parameters: float) -> Method:
-    return methods.made(name, {"hard_weight": 0.0, "weight": 1.0, **parameters})
+    return methods.adapted_method(name, {"hard_weight": 0.0, "weight": 1.0, **parameters})
 
 
 def _loss(method: Method, progress: float = 1.0) -> Tensor:
-    found = method(methods.said("student"), methods.said("teacher"), methods.BATCH, None, torch.tensor(progress))
+    found = method(methods.output_of("student"), methods.output_of("teacher"), methods.BATCH, None, torch.tensor(progress))
     return torch.stack(list(found.values())).sum()
 
 
@@ -131,7 +131,9 @@ def mixed_images_in_the_banks() -> Pair:
     for told in (False, True):
         method = _crd()
         before = method.student_bank.clone()
-        methods.terms(method, methods.said("student"), methods.said("teacher"), replace(methods.BATCH, mixed=torch.full((4,), told)))
+        methods.terms(
+            method, methods.output_of("student"), methods.output_of("teacher"), replace(methods.BATCH, mixed=torch.full((4,), told))
+        )
         moved.append(float((method.student_bank - before)[methods.BATCH.index].norm(dim=1).mean()))
     return moved[0], moved[1]
 

@@ -6,39 +6,32 @@ from matplotlib.figure import Figure
 
 from kdlib.config.schema import Params
 from kdlib.study.report.build import Numbers
-from kdlib.study.report.plots import by_method, scales
-from kdlib.study.report.plots.curves import learning_curves, teacher_curve
-from kdlib.study.report.plots.scales import data_scale
-from kdlib.study.report.plots.style import colours as colours
-from kdlib.study.report.plots.style import save as save
-from kdlib.study.report.plots.tuning import grids
+from kdlib.study.report.plots.by_method import plot_methods
+from kdlib.study.report.plots.curves import plot_grids, plot_learning_curves, plot_teachers
+from kdlib.study.report.plots.scales import plot_accuracies, plot_data_scale
 from kdlib.study.report.tables.effort import sweeps
 
 Figures = dict[str, Figure]
 
 
-def build(study: Params, numbers: Numbers) -> Figures:
+def build_figures(params: Params, numbers: Numbers) -> Figures:
     """By name: the teachers, and what belongs to the tables that study.tables names; a table's own figure has its name."""
-    figures = {"teachers": teacher_curve(numbers.teacher_curves, numbers.teachers)}
-    for name in study.study.tables:
+    figures = {"teachers": plot_teachers(numbers.teacher_curves, numbers.teachers)}
+    for name in params.study.tables:
         if name in FIGURES:
-            figures |= FIGURES[name](study, numbers)
+            figures |= FIGURES[name](params, numbers)
     return figures
 
 
-def _recipes(study: Params, numbers: Numbers) -> Figures:
-    data = dict.fromkeys(comparison.data for comparison in study.comparisons.values())
-    figures = {f"accuracy_{name}": scales.accuracy(study, numbers.runs, name) for name in data}
-    return figures | {f"learning_curves_{name}": learning_curves(study, numbers.curves, name) for name in data}
-
-
-def _methods(study: Params, numbers: Numbers) -> Figures:
-    return by_method.plot_leads(study, numbers.runs, numbers.timing) | by_method.plot_accuracy(study, numbers.runs, numbers.timing)
+def _recipes(params: Params, numbers: Numbers) -> Figures:
+    data = dict.fromkeys(comparison.data for comparison in params.comparisons.values())
+    figures = {f"accuracy_{name}": plot_accuracies(params, numbers.runs, name) for name in data}
+    return figures | {f"learning_curves_{name}": plot_learning_curves(params, numbers.curves, name) for name in data}
 
 
 FIGURES: dict[str, Callable[[Params, Numbers], Figures]] = {
-    "data_scale": lambda study, of: {"data_scale": data_scale(study, of.runs, of.published)},
+    "data_scale": lambda params, of: {"data_scale": plot_data_scale(params, of.runs, of.published)},
     "recipes": _recipes,
-    "tuning": lambda study, of: {f"grid_{name}": grids(study, of.runs, name) for name in sweeps(study)},
-    "methods": _methods,
+    "tuning": lambda params, of: {f"grid_{name}": plot_grids(params, of.runs, name) for name in sweeps(params)},
+    "methods": lambda params, of: plot_methods(params, of.runs, of.timing),
 }

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kdlib.config.schema import Params
 from kdlib.study.report.differences import leads, train_images
-from kdlib.study.report.plots.style import MARKERS, panels, tell_n
+from kdlib.study.report.plots.style import MARKERS, panels, same_limits, tell_n
 from kdlib.study.report.render import MINUS, TIMES, records, scale
 from kdlib.study.report.tables.by_method import by_scale, called, costs
 from kdlib.study.report.tables.comparisons import accuracies
@@ -20,32 +20,30 @@ from kdlib.study.report.tables.comparisons import accuracies
 _LABEL = 0.047  # height of a method's name, as a share of its panel
 
 
-def plot_leads(study: Params, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
-    """ "methods": each challenger's lead at each scale, one panel per scale; a figure for each list of ``by_scale``, as the tables."""
-    return {called("methods", i, names): _leads(study, runs, timing, names) for i, names in enumerate(by_scale(study))}
+def plot_methods(params: Params, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
+    """ "methods" and "methods_cost": a figure each for each list of ``by_scale``, as the tables."""
+    plots = {"methods": plot_leads, "methods_cost": plot_costs}
+    lists = list(enumerate(by_scale(params)))
+    return {called(kind, i, names): plot(params, runs, timing, names) for kind, plot in plots.items() for i, names in lists}
 
 
-def plot_accuracy(study: Params, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
-    """ "methods_cost": each method's test top-1 against its step time, one panel per scale."""
-    return {called("methods_cost", i, names): _accuracy(study, runs, timing, names) for i, names in enumerate(by_scale(study))}
-
-
-def _leads(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
-    ahead = leads(study, runs)
+def plot_leads(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
+    """Each challenger's lead at each scale, one panel per scale."""
+    ahead = leads(params, runs)
     ahead = ahead[(ahead["question"] == "lead") & ahead["comparison"].isin(names)]
-    kinds = costs(study, runs, timing, names[-1])
+    kinds = costs(params, runs, timing, names[-1])
     rows = _rows(kinds[kinds["method"].isin(ahead["method"])])
     figure, axes = panels(1, len(names), (4.6, 1.5 + 0.27 * len(rows)), sharey=True)
     for panel, name in zip(axes[0], names, strict=True):
-        found = {row["method"]: row for row in records(ahead[ahead["comparison"] == name])}
+        row_of = {row["method"]: row for row in records(ahead[ahead["comparison"] == name])}
         for place, (kind, method) in enumerate(rows):
-            if method in found:
-                _lead(panel, place, found[method], _looks(kinds)[kind])
+            if method in row_of:
+                _lead(panel, place, row_of[method], _looks(kinds)[kind])
         panel.axvline(0, color="0.35", linewidth=1)
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", MINUS)))
-        panel.set(xlabel=f"lead over {study.study.baseline} (points of test top-1)", title=_scale(study, runs, name))
+        panel.set(xlabel=f"lead over {params.study.baseline} (points of test top-1)", title=_scale(params, runs, name))
         panel.grid(axis="y", visible=False)
-    _same_width(list(axes[0]))
+    same_limits(axes[0], "x")
     axes[0, 0].set_yticks(range(len(rows)), [method or kind for kind, method in rows])
     axes[0, 0].set_ylim(len(rows) - 0.4, -0.6)
     for label, (_, method) in zip(axes[0, 0].get_yticklabels(), rows, strict=True):
@@ -53,8 +51,8 @@ def _leads(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[
     keys = [Line2D([], [], linestyle="", marker="o", color="0.3", markerfacecolor=fill) for fill in ("0.3", "white")]
     figure.legend(keys, ["better or worse", "inconclusive"], loc="outside lower center", ncols=2)
     figure.suptitle(
-        f"Lead over {study.study.baseline}, methods by what they look at:\n"
-        f"mean and {100 * study.study.confidence:g} % paired t interval over seeds, {tell_n(ahead['n'])}"
+        f"Lead over {params.study.baseline}, methods by what they look at:\n"
+        f"mean and {100 * params.study.confidence:g} % paired t interval over seeds, {tell_n(ahead['n'])}"
     )
     return figure
 
@@ -81,11 +79,12 @@ def _lead(panel: Axes, place: int, row: dict[str, Any], look: dict[str, Any]) ->
     panel.errorbar(100 * row["mean"], place, xerr=half, capsize=3, linewidth=1.6, markersize=6, markerfacecolor=fill, **look)
 
 
-def _accuracy(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
-    found = {name: _points(study, runs, timing, name) for name in names}
-    looks = _looks(costs(study, runs, timing, names[-1]))
+def plot_costs(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
+    """Each method's test top-1 against its step time, one panel per scale."""
+    points_of = {name: _points(params, runs, timing, name) for name in names}
+    looks = _looks(costs(params, runs, timing, names[-1]))
     figure, axes = panels(1, len(names), (5.4, 5.2))
-    for panel, (name, points) in zip(axes[0], found.items(), strict=True):
+    for panel, (name, points) in zip(axes[0], points_of.items(), strict=True):
         for row in records(points):
             look = looks[row["looks_at"]]
             fill = look["color"] if row["together"] else "white"
@@ -94,25 +93,25 @@ def _accuracy(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: li
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{TIMES}"))
         panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.set(xlabel=f"time per step, relative to {study.study.baseline}", title=_scale(study, runs, name))
-    _same_width(list(axes[0]))
-    for panel, points in zip(axes[0], found.values(), strict=True):
+        panel.set(xlabel=f"time per step, relative to {params.study.baseline}", title=_scale(params, runs, name))
+    same_limits(axes[0], "x")
+    for panel, points in zip(axes[0], points_of.values(), strict=True):
         _label(panel, {row["method"]: (row["time"], row["top1"]) for row in records(points)})
     axes[0, 0].set_ylabel("test top-1 (%)")
     keys = [Line2D([], [], linestyle="", **look) for look in looks.values()]
     figure.legend(keys, list(looks), loc="outside lower center", ncols=3, title="looks at")
     figure.suptitle(
-        f"Accuracy against cost: mean and {100 * study.study.confidence:g} % t interval over seeds, "
-        f"{tell_n(pd.concat(list(found.values()))['n'])};\ntime: mean of the ratios paired by seed, on the machine of this study"
-        + ("" if all(points["together"].all() for points in found.values()) else " (hollow: not trained in turns)")
+        f"Accuracy against cost: mean and {100 * params.study.confidence:g} % t interval over seeds, "
+        f"{tell_n(pd.concat(list(points_of.values()))['n'])};\ntime: mean of the ratios paired by seed, on the machine of this study"
+        + ("" if all(points["together"].all() for points in points_of.values()) else " (hollow: not trained in turns)")
     )
     return figure
 
 
-def _points(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, name: str) -> pd.DataFrame:
+def _points(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, name: str) -> pd.DataFrame:
     """method, looks_at, n, and in percent top1 and half an interval's width, against time; of the methods that have all of it."""
-    reached = accuracies(study, runs)
-    both = costs(study, runs, timing, name).merge(reached, on=["comparison", "method"], suffixes=("_time", ""))
+    reached = accuracies(params, runs)
+    both = costs(params, runs, timing, name).merge(reached, on=["comparison", "method"], suffixes=("_time", ""))
     half = 100 * (both["high"] - both["low"]).fillna(0) / 2
     both = both.assign(time=both["mean_time"], top1=100 * both["mean"], half=half)
     return both.dropna(subset=["time", "top1"])
@@ -133,12 +132,6 @@ def _label(panel: Axes, points: dict[str, tuple[float, float]]) -> None:
         )  # fmt: skip
 
 
-def _scale(study: Params, runs: pd.DataFrame, name: str) -> str:
-    item = study.comparisons[name]
+def _scale(params: Params, runs: pd.DataFrame, name: str) -> str:
+    item = params.comparisons[name]
     return f"{item.data}, {scale(item.fraction, train_images(runs, name))}"
-
-
-def _same_width(axes: list[Axes]) -> None:
-    limits = [panel.get_xlim() for panel in axes]
-    for panel in axes:
-        panel.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -20,15 +21,15 @@ STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 MARKERS = "oDs^vPX*"
 
 
-def colours(study: Params) -> dict[str, tuple[float, float, float]]:
+def colours(params: Params) -> dict[str, tuple[float, float, float]]:
     """Method that the study trains -> colour (seaborn's colour-blind-safe palette of ten); a tuned method has its method's."""
-    trained = {name for item in study.comparisons.values() for name in (*item.methods, *(item.sweep.grids if item.sweep else ()))}
-    names = [name for name in study.methods if name in trained]
-    found = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
-    return found | {f"{name}_tuned": colour for name, colour in found.items()}
+    trained = {name for item in params.comparisons.values() for name in (*item.methods, *(item.sweep.grids if item.sweep else ()))}
+    names = [name for name in params.methods if name in trained]
+    palette = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    return palette | {f"{name}_tuned": colour for name, colour in palette.items()}
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """``folder/<name>.svg`` and ``.png`` (150 dpi), each whole or not at all; the same figure gives the same bytes."""
     for form, options in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
         buffer = io.BytesIO()
@@ -50,12 +51,12 @@ def panels(
     return figure, axes
 
 
-def same_height(axes: Iterable[Axes]) -> None:
+def same_limits(axes: Iterable[Axes], direction: Literal["x", "y"]) -> None:
     """One scale for all, wide enough for each."""
     axes = list(axes)
-    limits = [panel.get_ylim() for panel in axes]
+    limits = [getattr(panel, f"get_{direction}lim")() for panel in axes]
     for panel in axes:
-        panel.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        panel.set(**{f"{direction}lim": (min(low for low, _ in limits), max(high for _, high in limits))})
 
 
 def tell_n(n: "pd.Series") -> str:

@@ -14,17 +14,17 @@ MEANS = (
 )
 
 
-def losses(study: Params, runs: pd.DataFrame) -> list[Table]:
+def label_tables(params: Params, runs: pd.DataFrame) -> list[Table]:
     """A table for each set of comparisons that differ in the hard label's loss alone; a row is a hard label, a column a method."""
-    groups = hard_labels(study)
-    return [_losses(study, runs, group, "losses" if group is groups[0] else f"losses_{next(iter(group.values()))}") for group in groups]
+    groups = hard_labels(params)
+    return [_losses(params, runs, group, "losses" if group is groups[0] else f"losses_{next(iter(group.values()))}") for group in groups]
 
 
-def _losses(study: Params, runs: pd.DataFrame, group: dict[str, str], name: str) -> Table:
-    baseline, first = study.study.baseline, next(iter(group))
-    item = study.comparisons[group[first]]
-    methods, homes = in_all(study, group.values()), list(group.values())
-    reached, everyone = accuracies(study, runs), leads(study, runs)
+def _losses(params: Params, runs: pd.DataFrame, group: dict[str, str], name: str) -> Table:
+    baseline, first = params.study.baseline, next(iter(group))
+    item = params.comparisons[group[first]]
+    methods, homes = in_all(params, group.values()), list(group.values())
+    reached, everyone = accuracies(params, runs), leads(params, runs)
     reached = reached[reached["comparison"].isin(homes) & reached["method"].isin(methods)]
     ahead = everyone[(everyone["question"] == "lead") & everyone["comparison"].isin(homes) & everyone["method"].isin(methods)]
     pairs = {f"{comparison} minus {group[first]}": comparison for comparison in homes}
@@ -43,8 +43,8 @@ def _losses(study: Params, runs: pd.DataFrame, group: dict[str, str], name: str)
     caption = (
         f"Test top-1 in percent, differences in points, on {item.data} ({scale(item.fraction, train_images(runs, group[first]))}, "
         f"{item.teacher} → {item.student}); columns: the method that gives the soft label. The recipes are {item.recipe} with another "
-        f"loss on the hard label; its weight stays the same, as in the official commands. {MEANS} {sure(study)} “minus {first}”: the "
-        f"same method with this hard label against the one with {first}. Verdicts hold family-wise at {100 * study.study.confidence:g} % "
+        f"loss on the hard label; its weight stays the same, as in the official commands. {MEANS} {sure(params)} “minus {first}”: the "
+        f"same method with this hard label against the one with {first}. Verdicts hold family-wise at {100 * params.study.confidence:g} % "
         "(Holm over the answers to one question on one data set). Of the paper's own table no number is known here (results/published "
         "has none)."
     )

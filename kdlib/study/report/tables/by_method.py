@@ -9,7 +9,7 @@ import pandas as pd
 from kdlib.config.schema import Params
 from kdlib.study.report import published, stats
 from kdlib.study.report.differences import contests, leads, train_images
-from kdlib.study.report.render import TIMES, Table, lead, measured, number, records, scale, told
+from kdlib.study.report.render import TIMES, Table, as_columns, lead, measured, number, records, scale
 from kdlib.study.report.tables.comparisons import HERE, accuracies, sure
 
 _KIND = ["looks_at", "relational"]
@@ -17,24 +17,24 @@ _SIZES = ["extra_parameters", "extra_bytes", "step_bytes"]
 _COSTS = ["comparison", "method", *_KIND, *_SIZES, "together", "mean", "low", "high", "n", "seeds"]
 
 
-def by_scale(study: Params) -> list[list[str]]:
+def by_scale(params: Params) -> list[list[str]]:
     """The headline's comparisons, from the smallest to the largest scale: a list for each pair of models and each recipe."""
-    general = study.study.headline
+    general = params.study.headline
     lists = [
         [name for (of, _), name in places.items() if of == recipe]
-        for (data, _, _), places in contests(study).items()
+        for (data, _, _), places in contests(params).items()
         if data == general.data
         for recipe in general.recipes
     ]
     return [names for names in lists if names]
 
 
-def ends(study: Params, names: list[str]) -> str:
+def ends(params: Params, names: list[str]) -> str:
     """``5 % minus 100 %``: the smallest scale minus the largest."""
-    return " minus ".join(scale(study.comparisons[name].fraction) for name in (names[0], names[-1]))
+    return " minus ".join(scale(params.comparisons[name].fraction) for name in (names[0], names[-1]))
 
 
-def costs(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, comparison: str) -> pd.DataFrame:
+def costs(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, comparison: str) -> pd.DataFrame:
     """One row per method of a comparison, those that look at the same thing together: what it looks at and what it costs.
 
     mean, low, high, n, seeds: seconds per step relative to the baseline's, paired by seed. ``together``: both were trained in one process,
@@ -45,10 +45,15 @@ def costs(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, comparison: s
     steps = here[here["status"] == "finished"].merge(timing, on=["comparison", "variant", "seed"], validate="one_to_one")
     steps["each"] = steps["student_seconds"] / steps["steps"]
     rows = []
-    for method in study.comparisons[comparison].methods:
+    for method in params.comparisons[comparison].methods:
         part = here[here["variant"] == method]
-        together, ratios = _ratios(steps[steps["variant"] == method], steps[steps["variant"] == study.study.baseline])
-        row = {"comparison": comparison, "method": method, "together": together, **told(stats.estimate(ratios, study.study.confidence))}
+        together, ratios = _ratios(steps[steps["variant"] == method], steps[steps["variant"] == params.study.baseline])
+        row = {
+            "comparison": comparison,
+            "method": method,
+            "together": together,
+            **as_columns(stats.estimate(ratios, params.study.confidence)),
+        }
         rows.append(row | {key: part[key].iloc[0] for key in _KIND} | {key: part[key].max() for key in _SIZES})
     frame = pd.DataFrame(rows, columns=_COSTS)
     kinds = list(dict.fromkeys(frame["looks_at"]))
@@ -65,10 +70,13 @@ def _ratios(method: pd.DataFrame, baseline: pd.DataFrame) -> tuple[bool, stats.B
     return len(same) > 0, {int(seed): float(ratio) for seed, ratio in zip(used["seed"], ratios, strict=True)}
 
 
-def methods(study: Params, runs: pd.DataFrame, timing: pd.DataFrame, numbers: pd.DataFrame, teachers: pd.DataFrame) -> list[Table]:
+def method_tables(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, numbers: pd.DataFrame, teachers: pd.DataFrame) -> list[Table]:
     """A table for each pair of models and each recipe of the headline; one row per method, those that look at the same thing together."""
-    paper, told = published.strategies(numbers), dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
-    return [_methods(study, runs, timing, paper, told, names, called("methods", i, names)) for i, names in enumerate(by_scale(study))]
+    paper, top1_of_teacher = published.strategies(numbers), dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
+    return [
+        _methods(params, runs, timing, paper, top1_of_teacher, names, called("methods", i, names))
+        for i, names in enumerate(by_scale(params))
+    ]
 
 
 def called(kind: str, i: int, names: list[str]) -> str:
@@ -77,19 +85,19 @@ def called(kind: str, i: int, names: list[str]) -> str:
 
 
 def _methods(
-    study: Params, runs: pd.DataFrame, timing: pd.DataFrame, paper: pd.DataFrame, teachers: dict[str, float], names: list[str], name: str
+    params: Params, runs: pd.DataFrame, timing: pd.DataFrame, paper: pd.DataFrame, teachers: dict[str, float], names: list[str], name: str
 ) -> Table:
-    reached, everyone, cost = accuracies(study, runs), leads(study, runs), costs(study, runs, timing, names[-1])
+    reached, everyone, cost = accuracies(params, runs), leads(params, runs), costs(params, runs, timing, names[-1])
     reached = reached[reached["comparison"].isin(names)]
     ahead = everyone[(everyone["question"] == "lead") & everyone["comparison"].isin(names)]
     change = everyone[(everyone["question"] == "scale") & (everyone["comparison"] == f"{names[0]} minus {names[-1]}")]
     columns = [("looks at", _texts(cost, _looks_at))]
     for place in names:
-        head = scale(study.comparisons[place].fraction, train_images(runs, place))
+        head = scale(params.comparisons[place].fraction, train_images(runs, place))
         columns.append((f"{head}: top-1", _texts(reached[reached["comparison"] == place], lambda row: measured(row) or "diverged")))
-        columns.append((f"{head}: minus {study.study.baseline}", _texts(ahead[ahead["comparison"] == place], lead)))
+        columns.append((f"{head}: minus {params.study.baseline}", _texts(ahead[ahead["comparison"] == place], lead)))
     if len(names) > 1:
-        columns.append((f"lead, {ends(study, names)}", _texts(change, lead)))
+        columns.append((f"lead, {ends(params, names)}", _texts(change, lead)))
     columns += [
         ("step time", _texts(cost, _time)),
         ("extra parameters", _texts(cost, lambda row: f"{row['extra_parameters']:,}")),
@@ -102,16 +110,16 @@ def _methods(
     shown = pd.DataFrame(
         [[method, *(texts.get(method, "") for _, texts in columns)] for method in rows], columns=["method", *(head for head, _ in columns)]
     )
-    item = study.comparisons[names[-1]]
-    teacher = f"{study.teachers[item.teacher].model} ({number(100 * teachers[item.teacher])} %)"
-    label = study.recipes[item.recipe].hard_loss
+    item = params.comparisons[names[-1]]
+    teacher = f"{params.teachers[item.teacher].model} ({number(100 * teachers[item.teacher])} %)"
+    label = params.recipes[item.recipe].hard_loss
     title = f"Every method on {item.data}: {teacher} → {item.student}, recipe {item.recipe}, hard label {label}"
     theirs = paper.assign(mean=paper["top1"], source=paper["kind"] + ": " + paper["source"]).drop(columns=["top1", "kind"])
     parts = {"accuracy": reached, "lead": ahead, "scale": change, "cost": cost, "published": theirs}
     sourced = [part.assign(question=question, source=part.get("source", HERE)) for question, part in parts.items() if len(part)]
     frame = pd.concat(sourced, ignore_index=True)
     frame = frame.astype({key: "Int64" for key in ("n", "epochs", *_SIZES) if key in frame})
-    return Table(name, title, _caption(study, names, paper), frame[["question", *frame.columns.drop("question")]], shown)
+    return Table(name, title, _caption(params, names, paper), frame[["question", *frame.columns.drop("question")]], shown)
 
 
 def _texts(frame: pd.DataFrame, tell: Callable[[dict[str, Any]], str]) -> dict[str, str]:
@@ -136,23 +144,23 @@ def _mebibytes(size: Any) -> str:
 def _settings(paper: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """("A2, 300 epochs", its rows) for each published recipe; with the models, where there are several pairs of them."""
     several = len(paper[["teacher", "student"]].drop_duplicates()) > 1
-    found = []
+    settings = []
     for _, part in paper.groupby(["recipe", "epochs", "teacher", "student"], sort=False, dropna=False):
         row = records(part)[0]
         how = [row["recipe"], *([] if pd.isna(row["epochs"]) else [f"{row['epochs']} epochs"])]
-        found.append((", ".join([*how, *([f"{row['teacher']} → {row['student']}"] if several else [])]), part))
-    return found
+        settings.append((", ".join([*how, *([f"{row['teacher']} → {row['student']}"] if several else [])]), part))
+    return settings
 
 
-def _caption(study: Params, names: list[str], paper: pd.DataFrame) -> str:
-    baseline, confidence = study.study.baseline, study.study.confidence
-    change = f"“{ends(study, names)}”: positive where the lead shrinks, or the lag grows, with more data. " if len(names) > 1 else ""
+def _caption(params: Params, names: list[str], paper: pd.DataFrame) -> str:
+    baseline, confidence = params.study.baseline, params.study.confidence
+    change = f"“{ends(params, names)}”: positive where the lead shrinks, or the lag grows, with more data. " if len(names) > 1 else ""
     return (
-        f"Test top-1 in percent, differences in points. {sure(study)} {change}Verdicts hold family-wise at {100 * confidence:g} % "
+        f"Test top-1 in percent, differences in points. {sure(params)} {change}Verdicts hold family-wise at {100 * confidence:g} % "
         "(Holm over the answers to one question on one data set). All methods see the same batches under one recipe, with the parameters "
         "of params.yaml; the hard label counts as much as each method's hard_weight says, and not for one without it. Looks at: what a "
         "method asks for; hint: of the teacher, beyond its logits; across the batch: its loss depends on which images share a batch, so "
-        f"the batch's size is one of its parameters. Costs are those at {scale(study.comparisons[names[-1]].fraction)}. Step time: a "
+        f"the batch's size is one of its parameters. Costs are those at {scale(params.comparisons[names[-1]].fraction)}. Step time: a "
         "student's step, without the teacher's pass that all methods share (one that looks at no teacher saves it too), relative to "
         f"{baseline}, paired by seed, both trained in turns by one process (≈: one after the other; blank: elsewhere or with other "
         "threads). Extra parameters are trained beside the student; kept beside: the memory of these and of a method's banks, throughout "

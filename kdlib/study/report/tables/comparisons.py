@@ -7,7 +7,7 @@ import pandas as pd
 from kdlib.config.schema import Params
 from kdlib.study.report import collect, published, stats
 from kdlib.study.report.differences import by_seed, leads, ordered, train_images
-from kdlib.study.report.render import Table, lead, measured, number, records, scale, told
+from kdlib.study.report.render import Table, as_columns, lead, measured, number, records, scale
 
 PAPER = "Hao et al. 2023"
 HERE = "measured here"
@@ -15,13 +15,13 @@ Cells = dict[tuple[str, ...], dict[str, str]]  # row -> column -> text
 _NATS = ("nll", "teacher_kl")
 
 
-def sure(study: Params) -> str:
+def sure(params: Params) -> str:
     """How every number of a caption was measured, and which comparisons have settings that no public source gives."""
-    seeds = ", ".join(map(str, study.study.seeds))
-    assumed = [name for name, item in study.study.published.items() if item.settings == "assumed" and name in study.comparisons]
+    seeds = ", ".join(map(str, params.study.seeds))
+    assumed = [name for name, item in params.study.published.items() if item.settings == "assumed" and name in params.comparisons]
     of_assumed = f" Assumed settings, of which nobody can say that they are the paper's: {', '.join(assumed)}." if assumed else ""
     return (
-        f"Seeds {seeds}. ± is half the width of a {100 * study.study.confidence:g} % Student t interval over n seeds, differences paired "
+        f"Seeds {seeds}. ± is half the width of a {100 * params.study.confidence:g} % Student t interval over n seeds, differences paired "
         "by seed; it is absent where fewer than two seeds finished or all of them agree exactly. Diverged runs are left out and reduce n."
         + of_assumed
     )
@@ -32,62 +32,62 @@ def alone(runs: pd.DataFrame) -> str:
     return str(next(iter(runs.loc[runs["teacher_flops"] == 0, "method"]), "student"))
 
 
-def data_scale(study: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> Table:
+def data_scale_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> Table:
     """The challengers' lead at each scale and recipe, how it changes, and the gaps of the paper's Figure 1."""
-    ours = leads(study, runs)
+    ours = leads(params, runs)
     ours = ours[ours["question"].isin(("lead", "scale", "recipe"))].assign(source=HERE)
     paper = published.figure1(numbers).rename(columns={"lead": "mean"})
-    paper = paper[paper["method"].isin(study.study.challengers) & (paper["baseline"] == study.study.baseline)]
+    paper = paper[paper["method"].isin(params.study.challengers) & (paper["baseline"] == params.study.baseline)]
     paper = paper.assign(question="published", source=f"{PAPER}, Figure 1, " + paper["kind"] + ": " + paper["source"]).drop(columns="kind")
     cells: Cells = {}
-    data = [study.study.headline.data, *study.data]
+    data = [params.study.headline.data, *params.data]
     for row in sorted(records(ours), key=lambda row: data.index(row["data"])):
-        cells.setdefault((_place(study, row), row["recipe"], row["scale"], HERE), {})[row["method"]] = lead(row)
+        cells.setdefault((_place(params, row), row["recipe"], row["scale"], HERE), {})[row["method"]] = lead(row)
     for row in records(paper):
         place = (row["data"], "", scale(row["fraction"]), row["source"])
         cells.setdefault(place, {})[row["method"]] = number(100 * row["mean"], 2, sign=True)
-    challengers = [name for name in study.study.challengers if name != study.study.baseline]
+    challengers = [name for name in params.study.challengers if name != params.study.baseline]
     shown = pd.DataFrame(
-        [[*place, *(found.get(name, "") for name in challengers), source] for (*place, source), found in cells.items()],
-        columns=["data set", "recipe", "training images", *(f"{name} minus {study.study.baseline}" for name in challengers), "source"],
+        [[*place, *(texts.get(name, "") for name in challengers), source] for (*place, source), texts in cells.items()],
+        columns=["data set", "recipe", "training images", *(f"{name} minus {params.study.baseline}" for name in challengers), "source"],
     )
     caption = (
-        f"Lead over `{study.study.baseline}` in points of test top-1. {sure(study)} Rows with “minus” are the headline: how a lead changes "
-        "from the small to the large scale, or from the weak to the strong recipe; positive means that it shrinks. "
+        f"Lead over `{params.study.baseline}` in points of test top-1. {sure(params)} Rows with “minus” are the headline: how a lead "
+        "changes from the small to the large scale, or from the weak to the strong recipe; positive means that it shrinks. "
         "All scales of a data set see equally many images. "
-        f"Verdicts hold family-wise at {100 * study.study.confidence:g} % (Holm over the answers to one question on one data "
+        f"Verdicts hold family-wise at {100 * params.study.confidence:g} % (Holm over the answers to one question on one data "
         "set), so they are stricter than the intervals. The paper publishes no intervals."
     )
     frame = pd.concat([ours, paper], ignore_index=True).astype({"n": "Int64"})
-    title = f"Does the lead over {study.study.baseline} shrink with more data and a stronger recipe?"
+    title = f"Does the lead over {params.study.baseline} shrink with more data and a stronger recipe?"
     return Table("data_scale", title, caption, frame, shown)
 
 
-def _place(study: Params, row: dict[str, Any]) -> str:
+def _place(params: Params, row: dict[str, Any]) -> str:
     """The data set's name, with the models only where the study has more than one pair of them for it."""
-    pairs = {(item.teacher, item.student) for item in study.comparisons.values() if item.data == row["data"]}
+    pairs = {(item.teacher, item.student) for item in params.comparisons.values() if item.data == row["data"]}
     return str(row["data"]) if len(pairs) < 2 else f"{row['data']}: {row['teacher']} → {row['student']}"
 
 
-def accuracies(study: Params, runs: pd.DataFrame) -> pd.DataFrame:
+def accuracies(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
     """One row per comparison and method of it: where it stands, mean, low, high, n, seeds of test top-1 in [0, 1]."""
     rows = []
-    for name in ordered(study):
-        item = study.comparisons[name]
+    for name in ordered(params):
+        item = params.comparisons[name]
         where = {key: getattr(item, key) for key in ("data", "recipe", "fraction", "teacher", "student")}
         for method in item.methods:
-            found = stats.estimate(by_seed(runs, name, method), study.study.confidence)
-            rows.append({"comparison": name, **where, "train_images": train_images(runs, name), "method": method, **told(found)})
+            estimate = stats.estimate(by_seed(runs, name, method), params.study.confidence)
+            rows.append({"comparison": name, **where, "train_images": train_images(runs, name), "method": method, **as_columns(estimate)})
     return pd.DataFrame(rows)
 
 
-def recipes(study: Params, runs: pd.DataFrame, numbers: pd.DataFrame, teachers: pd.DataFrame) -> Table:
+def recipes_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, teachers: pd.DataFrame) -> Table:
     """Every method under every recipe and scale, beside the paper's Table 1 and the published numbers of the recipes A1 and A2.
 
     A row of ``frame`` with a ``baseline`` is a difference, one without is an accuracy.
     """
-    ahead = leads(study, runs)
-    ours = pd.concat([accuracies(study, runs), ahead[ahead["question"] == "lead"]], ignore_index=True).assign(source=HERE)
+    ahead = leads(params, runs)
+    ours = pd.concat([accuracies(params, runs), ahead[ahead["question"] == "lead"]], ignore_index=True).assign(source=HERE)
     ours = ours.drop(columns=["question", "scale"])
     paper = pd.concat([published.table1(numbers), published.strategies(numbers)], ignore_index=True)
     paper = paper.assign(
@@ -97,48 +97,48 @@ def recipes(study: Params, runs: pd.DataFrame, numbers: pd.DataFrame, teachers: 
     cells: Cells = {}
     for row in records(ours):
         place = (row["data"], row["recipe"], scale(row["fraction"], row["train_images"]), f"{row['teacher']} → {row['student']}", HERE)
-        found = cells.setdefault(place, {"teacher": number(100 * teacher[row["teacher"]]) if row["teacher"] in teacher else ""})
+        texts = cells.setdefault(place, {"teacher": number(100 * teacher[row["teacher"]]) if row["teacher"] in teacher else ""})
         against = row["baseline"]
-        found[row["method"] if pd.isna(against) else f"{row['method']} minus {against}"] = measured(row) if pd.isna(against) else lead(row)
+        texts[row["method"] if pd.isna(against) else f"{row['method']} minus {against}"] = measured(row) if pd.isna(against) else lead(row)
     places = ["data", "teacher", "student", "recipe", "epochs"]
     for _, part in paper.groupby(places, sort=False, dropna=False):
         row = records(part)[0]
         how = row["recipe"] + ("" if pd.isna(row["epochs"]) else f", {row['epochs']} epochs")
         key = (row["data"], how, scale(1.0), f"{row['teacher']} → {row['student']}", "; ".join(dict.fromkeys(part["source"])))
         cells[key] = {method: number(100 * value, 2) for method, value in zip(part["method"], part["mean"], strict=True)}
-    methods = [name for name in study.methods if name in set(ours["method"])]
-    columns = ["teacher", *methods, *(f"{name} minus {study.study.baseline}" for name in study.study.challengers if name in methods)]
+    methods = [name for name in params.methods if name in set(ours["method"])]
+    columns = ["teacher", *methods, *(f"{name} minus {params.study.baseline}" for name in params.study.challengers if name in methods)]
     shown = pd.DataFrame(
-        [[*place, *(found.get(column, "") for column in columns), source] for (*place, source), found in cells.items()],
+        [[*place, *(texts.get(column, "") for column in columns), source] for (*place, source), texts in cells.items()],
         columns=["data set", "recipe", "training images", "teacher → student", *columns, "source"],
     )
     caption = (
-        f"Test top-1 in percent, differences in points. {sure(study)} Verdicts as in the table data_scale. Published rows stand as "
+        f"Test top-1 in percent, differences in points. {sure(params)} Verdicts as in the table data_scale. Published rows stand as "
         "printed; a cell that nobody measured or published is blank."
     )
     frame = pd.concat([ours, paper], ignore_index=True).astype({"n": "Int64", "epochs": "Int64"})
     return Table("recipes", "Methods under each recipe, beside the published numbers", caption, frame, shown)
 
 
-def measures(study: Params, runs: pd.DataFrame) -> Table:
+def measures_table(params: Params, runs: pd.DataFrame) -> Table:
     """All six measures of the test split."""
     students = runs[~runs["trial"]]
     rows: list[dict[str, Any]] = []
-    for name in ordered(study):
+    for name in ordered(params):
         for variant in dict.fromkeys(students.loc[students["comparison"] == name, "variant"]):
             for measure in collect.MEASURES:
-                found = stats.estimate(by_seed(students, name, variant, f"test_{measure}"), study.study.confidence)
-                rows.append({"comparison": name, "method": variant, "measure": measure, **told(found)})
+                estimate = stats.estimate(by_seed(students, name, variant, f"test_{measure}"), params.study.confidence)
+                rows.append({"comparison": name, "method": variant, "measure": measure, **as_columns(estimate)})
     cells: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         cells.setdefault((row["comparison"], row["method"]), []).append(measured(row, percent=row["measure"] not in _NATS))
     units = [f"{name} ({'nats' if name in _NATS else '%'})" for name in collect.MEASURES]
     shown = pd.DataFrame(
-        [[name, study.comparisons[name].data, variant, *values] for (name, variant), values in cells.items()],
+        [[name, params.comparisons[name].data, variant, *values] for (name, variant), values in cells.items()],
         columns=["comparison", "data set", "method", *units],
     )
     caption = (
-        f"On the test split, at the last epoch. {sure(study)} nll: negative log-likelihood; ece: expected calibration error; agreement: "
+        f"On the test split, at the last epoch. {sure(params)} nll: negative log-likelihood; ece: expected calibration error; agreement: "
         "share of images on which student and teacher choose the same class; teacher_kl: KL of the student's answers from the teacher's."
     )
     return Table("measures", "All measures of every student", caption, pd.DataFrame(rows), shown)

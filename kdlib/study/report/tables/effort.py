@@ -9,20 +9,20 @@ import pandas as pd
 from kdlib.config.schema import Params, Sweep
 from kdlib.study.report import stats
 from kdlib.study.report.differences import by_seed, leads, ordered, same_setting
-from kdlib.study.report.render import TIMES, Table, lead, measured, number, records, told
+from kdlib.study.report.render import TIMES, Table, as_columns, lead, measured, number, records
 from kdlib.study.report.tables.comparisons import sure
 
 _COUNTS = ["images_seen", "student_parameters", "extra_parameters", "train_flops", "teacher_flops"]
 
 
-def sweeps(study: Params) -> dict[str, Sweep]:
+def sweeps(params: Params) -> dict[str, Sweep]:
     """The comparisons that tune, with what they try."""
-    return {name: sweep for name in ordered(study) if (sweep := study.comparisons[name].sweep) is not None}
+    return {name: sweep for name in ordered(params) if (sweep := params.comparisons[name].sweep) is not None}
 
 
-def grid(study: Params, runs: pd.DataFrame, comparison: str, method: str) -> pd.DataFrame:
+def grid(params: Params, runs: pd.DataFrame, comparison: str, method: str) -> pd.DataFrame:
     """One row per trial: the grid's parameters, val_top1 (NaN if diverged), status, and whether the tuned runs use this point."""
-    axes = list(sweeps(study)[comparison].grids[method])
+    axes = list(sweeps(params)[comparison].grids[method])
     rows = runs[(runs["comparison"] == comparison) & (runs["method"] == method)].reset_index(drop=True)
     points = pd.DataFrame([[json.loads(text)[axis] for axis in axes] for text in rows["parameters"]], columns=axes)
     chosen = set(points[rows["variant"] == f"{method}_tuned"].itertuples(index=False, name=None))
@@ -31,14 +31,14 @@ def grid(study: Params, runs: pd.DataFrame, comparison: str, method: str) -> pd.
     return points[rows["trial"]].sort_values(axes).reset_index(drop=True)
 
 
-def grids(study: Params, runs: pd.DataFrame) -> list[Table]:
+def grid_tables(params: Params, runs: pd.DataFrame) -> list[Table]:
     """Each swept method's grid: rows are all parameters but the last, columns the last."""
-    return [_grid(study, runs, name, method) for name, sweep in sweeps(study).items() for method in sweep.grids]
+    return [_grid(params, runs, name, method) for name, sweep in sweeps(params).items() for method in sweep.grids]
 
 
-def _grid(study: Params, runs: pd.DataFrame, comparison: str, method: str) -> Table:
-    item, sweep = study.comparisons[comparison], sweeps(study)[comparison]
-    frame = grid(study, runs, comparison, method)
+def _grid(params: Params, runs: pd.DataFrame, comparison: str, method: str) -> Table:
+    item, sweep = params.comparisons[comparison], sweeps(params)[comparison]
+    frame = grid(params, runs, comparison, method)
     *first, last = sweep.grids[method]
     values = sorted(set(frame[last]))
     cells: dict[tuple[float, ...], dict[float, str]] = {}
@@ -46,7 +46,7 @@ def _grid(study: Params, runs: pd.DataFrame, comparison: str, method: str) -> Ta
         cell = number(100 * row["val_top1"]) if row["status"] == "finished" else row["status"]
         cells.setdefault(tuple(row[axis] for axis in first), {})[row[last]] = cell + (" (chosen)" if row["chosen"] else "")
     shown = pd.DataFrame(
-        [[*(f"{value:g}" for value in place), *(found.get(value, "") for value in values)] for place, found in cells.items()],
+        [[*(f"{value:g}" for value in place), *(texts.get(value, "") for value in values)] for place, texts in cells.items()],
         columns=[*first, *(f"{last} {value:g}" for value in values)],
     )
     caption = (
@@ -57,31 +57,31 @@ def _grid(study: Params, runs: pd.DataFrame, comparison: str, method: str) -> Ta
     return Table(f"grid_{comparison}_{method}", title, caption, frame.assign(seed=sweep.seed), shown)
 
 
-def tuning(study: Params, runs: pd.DataFrame) -> Table:
+def tuning_table(params: Params, runs: pd.DataFrame) -> Table:
     """Each swept method with its parameters of params.yaml and with the chosen ones: test top-1, and who leads whom.
 
     A row of ``frame`` with a ``baseline`` is a difference, one without is an accuracy.
     """
-    everyone = leads(study, runs)
-    baseline = study.study.baseline
+    everyone = leads(params, runs)
+    baseline = params.study.baseline
     against = [baseline, f"{baseline}_tuned"]
     rows: list[dict[str, Any]] = []
     shown = []
-    for comparison, sweep in sweeps(study).items():
+    for comparison, sweep in sweeps(params).items():
         for method in sweep.grids:
             for variant in (method, f"{method}_tuned"):
-                own, home = _tuning_row(study, runs, comparison, method, variant)
+                own, home = _tuning_row(params, runs, comparison, method, variant)
                 ahead = everyone[(everyone["comparison"] == home) & (everyone["method"] == variant)]
-                found = {row["baseline"]: row for row in records(ahead) if row["question"] in ("lead", "tuning")}
-                rows += [own, *({**own, **found[name]} for name in against if name in found)]
+                versus = {row["baseline"]: row for row in records(ahead) if row["question"] in ("lead", "tuning")}
+                rows += [own, *({**own, **versus[name]} for name in against if name in versus)]
                 place = [own["data"], f"{own['recipe']}, {100 * own['fraction']:g} %", variant, own["parameters"], str(own["trials"])]
-                shown.append([*place, measured(own), *(lead(found[name]) if name in found else "" for name in against)])
+                shown.append([*place, measured(own), *(lead(versus[name]) if name in versus else "" for name in against)])
     columns = ["comparison", "data", "recipe", "fraction", "method", "parameters", "trials", "trial_seed", "baseline"]
     frame = pd.DataFrame(rows, columns=[*columns, "mean", "low", "high", "n", "seeds", "p_holm", "verdict"])
     heads = ["data set", "recipe, images", "method", "parameters", "trials", "test top-1", *(f"minus {name}" for name in against)]
-    seeds = ", ".join(sorted({str(sweep.seed) for sweep in sweeps(study).values()}))
+    seeds = ", ".join(sorted({str(sweep.seed) for sweep in sweeps(params).values()}))
     caption = (
-        f"Test top-1 in percent, differences in points. {sure(study)} `_tuned` uses the point of the grid with the best validation "
+        f"Test top-1 in percent, differences in points. {sure(params)} `_tuned` uses the point of the grid with the best validation "
         f"top-1 at seed {seeds}, after the same number of trials for every method; the test split took no part in the choice. Untuned "
         "methods come from the comparison with the same data, images, models and recipe; their verdicts are those of the table "
         "data_scale. Verdicts of tuned methods: Holm over this table's pairs on one data set."
@@ -90,43 +90,43 @@ def tuning(study: Params, runs: pd.DataFrame) -> Table:
     return Table("tuning", title, caption, frame.astype({"trial_seed": "Int64"}), pd.DataFrame(shown, columns=heads))
 
 
-def _tuning_row(study: Params, runs: pd.DataFrame, comparison: str, method: str, variant: str) -> tuple[dict[str, Any], str | None]:
+def _tuning_row(params: Params, runs: pd.DataFrame, comparison: str, method: str, variant: str) -> tuple[dict[str, Any], str | None]:
     """The accuracy of a swept method, tuned or not, and the comparison that measured it (None: the study has none)."""
-    item, sweep = study.comparisons[comparison], sweeps(study)[comparison]
+    item, sweep = params.comparisons[comparison], sweeps(params)[comparison]
     tuned = variant != method
-    home = comparison if tuned else same_setting(study, comparison, method)
+    home = comparison if tuned else same_setting(params, comparison, method)
     texts: list[str] = list(runs.loc[(runs["comparison"] == (home or "")) & (runs["variant"] == variant), "parameters"])
     values = json.loads(texts[0]) if texts else {}
     row: dict[str, Any] = {key: getattr(item, key) for key in ("data", "recipe", "fraction")}
     row |= {"comparison": home or comparison, "method": variant}
     row |= {"parameters": ", ".join(f"{axis} {values[axis]:g}" for axis in sweep.grids[method] if axis in values)}
     row |= {"trials": _trials(runs, comparison, method) if tuned else 0, "trial_seed": sweep.seed if tuned else None}
-    return row | told(stats.estimate(by_seed(runs, home, variant) if home else {}, study.study.confidence)), home
+    return row | as_columns(stats.estimate(by_seed(runs, home, variant) if home else {}, params.study.confidence)), home
 
 
 def _trials(runs: pd.DataFrame, comparison: str, method: str) -> int:
     return int(((runs["comparison"] == comparison) & (runs["method"] == method) & runs["trial"]).sum())
 
 
-def cost(study: Params, runs: pd.DataFrame) -> Table:
+def cost_table(params: Params, runs: pd.DataFrame) -> Table:
     """What one run of each method costs, and how many trials chose it. Only what repeats exactly: seconds are in timing.csv."""
     finished = runs[runs["status"] == "finished"]
     students = finished[~finished["trial"]]
     rows: list[dict[str, Any]] = []
-    for name in ordered(study):
+    for name in ordered(params):
         here = students[students["comparison"] == name]
-        home = same_setting(study, name, study.study.baseline)
-        base = students[(students["comparison"] == home) & (students["variant"] == study.study.baseline)]["train_flops"].max()
+        home = same_setting(params, name, params.study.baseline)
+        base = students[(students["comparison"] == home) & (students["variant"] == params.study.baseline)]["train_flops"].max()
         sharing = here.loc[here["teacher_flops"] > 0, "variant"].nunique()
         for (variant, method), part in here.groupby(["variant", "method"], sort=False):
             counts = {column: int(part[column].max()) for column in _COUNTS}
-            row = {"comparison": name, "data": study.comparisons[name].data, "method": variant, **counts}
+            row = {"comparison": name, "data": params.comparisons[name].data, "method": variant, **counts}
             row["relative"] = math.nan if pd.isna(base) else counts["train_flops"] / int(base)
             row["sharing"] = sharing if counts["teacher_flops"] else 0
             rows.append(row | {"trials": _trials(runs, name, str(method)) if variant != method else 0})
     columns = ["comparison", "data", "method", *_COUNTS, "relative", "sharing", "trials"]
     heads = ["comparison", "data set", "method", "images seen", "student parameters", "extra parameters", "student TFLOPs"]
-    heads += ["teacher TFLOPs", f"student, relative to {study.study.baseline}", "students sharing the teacher", "trials"]
+    heads += ["teacher TFLOPs", f"student, relative to {params.study.baseline}", "students sharing the teacher", "trials"]
     caption = (
         "Per finished run, the same for every seed. TFLOPs: 1e12 floating point operations. Student: forward and backward passes of the "
         "whole training. Teacher: one pass over the same images, made once and shared by so many students of a seed. Trials: further "

@@ -5,18 +5,18 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib.config.schema import Params, Rows
+from kdlib.config.schema import Params
 from kdlib.errors import refuse
 from kdlib.study.report import published, stats
 from kdlib.study.report.differences import by_seed
-from kdlib.study.report.render import Table, measured, number, records, told
+from kdlib.study.report.render import Table, as_columns, measured, number, records
 from kdlib.study.report.tables.comparisons import alone, sure
 
 _SHARES = {"top1": "test_top1", "top1_gap_points": "test_top1", "top5": "test_top5"}  # in percent and points; measured as shares
 _MINUS = "_minus_"  # a published lead: dkd_minus_kd
 
 
-def reproduction(planned: Params, runs: pd.DataFrame, teachers: pd.DataFrame, numbers: pd.DataFrame) -> Table:
+def reproduction_table(planned: Params, runs: pd.DataFrame, teachers: pd.DataFrame, numbers: pd.DataFrame) -> Table:
     """One row for each published number and comparison that repeats it, in the order of results/published/results.csv.
 
     Blank where nothing was measured. ``planned``: the whole study, with comparisons that were not made yet. A published number is met where
@@ -30,10 +30,10 @@ def reproduction(planned: Params, runs: pd.DataFrame, teachers: pd.DataFrame, nu
         for name in users.get(place, [""]):
             settings = planned.study.published[name].settings if name else ""
             method = _method(planned, runs, row)
-            found = stats.estimate(_ours(planned, runs, teachers, name, {**row, "method": method}), planned.study.confidence)
-            gap = found.mean - row["value"] / 100 if row["metric"] in _SHARES else math.nan
-            verdict = _verdict(found, row, settings) if method in (row["method"], alone(runs)) else ""
-            rows.append({**row, "comparison": name, "settings": settings, "gap": gap, "verdict": verdict, **told(found)})
+            estimate = stats.estimate(_ours(planned, runs, teachers, name, {**row, "method": method}), planned.study.confidence)
+            gap = estimate.mean - row["value"] / 100 if row["metric"] in _SHARES else math.nan
+            verdict = _verdict(estimate, row, settings) if method in (row["method"], alone(runs)) else ""
+            rows.append({**row, "comparison": name, "settings": settings, "gap": gap, "verdict": verdict, **as_columns(estimate)})
     frame = pd.DataFrame(rows).astype({"n": "Int64"})
     shown = pd.DataFrame([_shown(row) for row in rows])
     caption = (
@@ -47,20 +47,17 @@ def reproduction(planned: Params, runs: pd.DataFrame, teachers: pd.DataFrame, nu
 def _users(planned: Params, numbers: pd.DataFrame) -> dict[int, list[str]]:
     """Which comparisons repeat a row of the file, by the row's place."""
     users: dict[int, list[str]] = {}
-    for name, item in planned.study.published.items():
-        for asked in item.rows:
-            places = [place for place, row in enumerate(records(numbers)) if _is(row, asked)]
-            if not places:
-                columns = ", ".join(f"{column} {value}" for column, value in asked.where.items())
-                what = f"rows of {published.FILE}"
-                raise refuse(f"study.published.{name}", f"{asked.table} with {columns}", what, "correct it, or remove it")
-            for place in places:
-                users.setdefault(place, []).append(name)
+    rows = [{column: str(value) for column, value in row.items()} for row in records(numbers)]
+    for name, asked in ((name, asked) for name, item in planned.study.published.items() for asked in item.rows):
+        wanted = {**asked.where, "table": asked.table}.items()
+        places = [place for place, row in enumerate(rows) if wanted <= row.items()]
+        if not places:
+            columns = ", ".join(f"{column} {value}" for column, value in asked.where.items())
+            allowed = f"rows of {published.FILE}"
+            raise refuse(f"study.published.{name}", f"{asked.table} with {columns}", allowed, "correct it, or remove it")
+        for place in places:
+            users.setdefault(place, []).append(name)
     return users
-
-
-def _is(row: dict[str, Any], asked: Rows) -> bool:
-    return bool(row["table"] == asked.table) and all(column in row and str(row[column]) == value for column, value in asked.where.items())
 
 
 def _method(planned: Params, runs: pd.DataFrame, row: dict[str, Any]) -> str:
@@ -90,12 +87,12 @@ def _teacher(planned: Params, teachers: pd.DataFrame, name: str, row: dict[str, 
     return {planned.teachers[wanted].seed: float(top1[wanted])} if wanted in top1 else {}
 
 
-def _verdict(found: stats.Estimate, row: dict[str, Any], settings: str) -> str:
+def _verdict(estimate: stats.Estimate, row: dict[str, Any], settings: str) -> str:
     if settings == "assumed":
         return "assumed settings"
-    if math.isnan(found.low):
+    if math.isnan(estimate.low):
         return ""
-    return "met" if found.low <= row["value"] / 100 <= found.high else "above" if row["value"] / 100 < found.low else "below"
+    return "met" if estimate.low <= row["value"] / 100 <= estimate.high else "above" if row["value"] / 100 < estimate.low else "below"
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
