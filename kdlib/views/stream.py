@@ -57,7 +57,8 @@ class ViewStream:
         positions = self.positions(step, group)
         rng = generator(self.seed, "views", number)
         rows = np.asarray(self.index[positions], np.int64)
-        index, labels = (to_device(values, self.device) for values in (positions, np.asarray(self.labels[rows], np.int64)))
+        index = to_device(positions, self.device)
+        labels = to_device(np.asarray(self.labels[rows], np.int64), self.device)
         if isinstance(images, LazyImages):
             levels = to_device(self.prefetch.levels(step, group), self.device)
             if recipe.augment == "batched":  # boxes are cut out while decoding
@@ -121,7 +122,7 @@ class ViewStream:
         """Permute the subset for a pass. The last two orders are kept: recomputing one costs as much as a small batch."""
         order = self._orders.get(number)
         if order is None:
-            order = self._orders[number] = generator(self.seed, "order", number).permutation(len(self.index))
             for old in [kept for kept in tuple(self._orders) if abs(kept - number) > 1]:
                 self._orders.pop(old, None)
+            order = self._orders[number] = generator(self.seed, "order", number).permutation(len(self.index))
         return order
