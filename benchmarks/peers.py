@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kdlib.config import ComputeParams, RandAugmentParams, Recipe
 from kdlib.data import augment
+from kdlib.data.mixing import mix_groups
 from kdlib.data.stream import ViewStream
 from kdlib.losses.kd import KD
 from kdlib.models import Classifier, build
@@ -267,11 +268,11 @@ class Ours:
         return made
 
     def _answers(self, teacher: Teacher, folder: Path | None) -> Answers:
-        return Answers(teacher, folder, self.task.batch // self.task.recipe.groups, self.task.images // self.task.batch)
+        return Answers(teacher, folder, self.task.batch // mix_groups(self.task.recipe), self.task.images // self.task.batch)
 
     def batches(self, steps: range) -> Iterator[Any]:
         """Of every step its groups: number, views, answers."""
-        groups = self.task.recipe.groups
+        groups = mix_groups(self.task.recipe)
         places = ((step, number) for step in steps for number in own(groups))
         made: list[Any] = []
         with threads(max(1, torch.get_num_threads() - self.ahead)):
@@ -285,7 +286,7 @@ class Ours:
     def _make(self, place: tuple[int, int]) -> tuple[Batch, Output]:
         step, number = place
         batch = self.stream.batch(step, number)
-        return batch, self.answers(step * self.task.recipe.groups + number, batch.images, LOGITS)
+        return batch, self.answers(step * mix_groups(self.task.recipe) + number, batch.images, LOGITS)
 
     def step(self, made: Any) -> list[Tensor]:
         """Losses stay where they are: nothing waits for the device."""

@@ -7,27 +7,38 @@ from typing import Any
 import timm
 import torch
 
+from kdlib.config import Recipe
+from kdlib.data.stream import ViewStream
 from kdlib.losses import METHODS
 from kdlib.plan import Variant
 from kdlib.provenance import code_fingerprint, fingerprint
-from kdlib.train.run import Setting
+from kdlib.train.answers import Answers
+from kdlib.train.run import Setting, train
 
-# What a fingerprint covers by value, what only names other modules, moves files about or says how far it is: it changes no number.
-UNCOUNTED = frozenset(f"kdlib.{name}" for name in ("config", "data", "losses", "provenance", "results", "store", "train.progress"))
+# Imported by what trains, and not followed from there:
+UNCOUNTED = frozenset(
+    {
+        "kdlib.config",  # training takes refusals of it, and the schema: classes of values, which are hashed, and of nothing else
+        "kdlib.losses",  # names of the classes: the one of a run is hashed by name, and its file counts
+        "kdlib.data",  # makes the folders of data sets, which are known by a digest of their content
+    }
+)
 
 
 def of_run(setting: Setting, teacher: str | None, variant: Variant) -> str:
     """Of the weights and measures that training ends with."""
+    method = METHODS[variant.method]
     described = _views(setting) | {
         "teacher": teacher,
         "student": setting.student,
         "size": setting.size,
         "recipe": setting.recipe.model_dump(),
         "method": variant.method,
+        "class": method.__qualname__,  # a file may hold several
         "parameters": dict(sorted(variant.parameters.items())),
         "trial": variant.trial,
     }
-    return fingerprint(described, code_fingerprint(["kdlib.train.run", METHODS[variant.method].__module__], UNCOUNTED))
+    return fingerprint(described, code_fingerprint([train.__module__, method.__module__], UNCOUNTED))
 
 
 def of_answers(setting: Setting, teacher: str) -> str:
@@ -35,8 +46,14 @@ def of_answers(setting: Setting, teacher: str) -> str:
     on_gpu = setting.device.type == "cuda"
     device = torch.cuda.get_device_name(setting.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
     exact = (torch.__version__, timm.__version__, torch.get_num_threads(), device)
-    code = code_fingerprint(["kdlib.data.stream", "kdlib.train.answers"], UNCOUNTED)
-    return fingerprint(_views(setting) | {"teacher": teacher, "recipe": setting.recipe.views()}, exact, code)
+    code = code_fingerprint([ViewStream.__module__, Answers.__module__], UNCOUNTED)
+    return fingerprint(_views(setting) | {"teacher": teacher, "recipe": of_views(setting.recipe)}, exact, code)
+
+
+def of_views(recipe: Recipe) -> dict[str, Any]:
+    """What of a recipe the training views depend on."""
+    sizes, crops, mixing = {"batch_size", "group_size", "repeats"}, {"crop_padding", "crop_min_area"}, {"mixup_alpha", "cutmix_alpha"}
+    return recipe.model_dump(include=sizes | crops | mixing | {"randaugment", "erasing", "augment"})
 
 
 def of_file(path: Path) -> str:

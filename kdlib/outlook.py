@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from kdlib import identity
 from kdlib.checks import check_against_data
 from kdlib.config import Comparison, Refused, Study, refuse
 from kdlib.data.imagined import Facts, Shape, facts, imagined
+from kdlib.data.mixing import mix_groups
 from kdlib.data.splits import load
 from kdlib.data.stream import ViewStream
 from kdlib.experiment import DATA, PLAIN, Experiment
@@ -194,7 +196,7 @@ class Outlook:
             with threads(kind.threads), redirect_stdout(io.StringIO()):
                 return trial.memory(smaller, methods, cost)
 
-        raise too_large(kind, user, recipe.batch_size // recipe.groups, cost.peak_bytes, room, peak)
+        raise too_large(kind, user, recipe.batch_size // mix_groups(recipe), cost.peak_bytes, room, peak)
 
     def _row(self, key: str, costs: Mapping[Kind, Cost], kept: dict[object, int]) -> Row:
         its, (section, name) = self.work[key], key.split(".")
@@ -211,7 +213,7 @@ class Outlook:
         """Bytes of teachers' answers that a comparison adds to those that are kept, of the same views once; and of those to one seed's
         views where they are too many."""
         comparison, most = self.study.comparisons[name], round(1e9 * self.study.study.answers_gb)
-        views = json.dumps(self.study.recipes[comparison.recipe].views(), sort_keys=True)
+        views = json.dumps(identity.of_views(self.study.recipes[comparison.recipe]), sort_keys=True)
         added = live = 0
         for kind, seed in (group for stage in self.work[f"comparisons.{name}"].stages for group in stage):
             size, to = steps * costs[kind].answers_bytes, (comparison.data, comparison.fraction, comparison.teacher, views, seed)

@@ -23,6 +23,7 @@ from torchvision.transforms import functional as oracle
 
 from kdlib import config, data
 from kdlib.data import originals
+from kdlib.data.mixing import mix_groups
 from kdlib.data.originals import in_turn
 from kdlib.data.splits import DataSet, load
 from kdlib.data.stream import ViewStream
@@ -232,7 +233,7 @@ def test_without_resized_crops_a_view_is_what_evaluation_sees(listed: DataSet) -
 def test_other_processes_make_the_same_views(
     listed: DataSet, workers: Pool, augment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups = recipe(**augment).groups
+    groups = mix_groups(recipe(**augment))
     expected = [[stream(listed, **augment).batch(step, group) for group in range(groups)] for step in (0, 1, 5)]
     monkeypatch.setattr(originals, "pool", lambda: workers)
     views = stream(listed, **augment)

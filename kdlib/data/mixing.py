@@ -24,6 +24,11 @@ class Mix:
 UNMIXED = Mix(1.0)
 
 
+def mix_groups(recipe: Recipe) -> int:
+    """Count the mix groups of a batch: the parts that are mixed, and normalised by BatchNorm, each by itself."""
+    return recipe.batch_size // (recipe.group_size or recipe.batch_size)
+
+
 def draw(rng: np.random.Generator, recipe: Recipe, height: int, width: int) -> Mix:
     """The mixing of one batch; the weight is from Beta(alpha, alpha).
 

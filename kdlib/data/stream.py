@@ -97,7 +97,7 @@ class ViewStream:
         return pil.views(np.asarray(images), self.recipe, self.hflip, self._keys(step, group))
 
     def _keys(self, step: int, group: int) -> pil.Keys:
-        return (self.seed, "timm", step * self.recipe.groups + group)
+        return (self.seed, "timm", step * mixing.mix_groups(self.recipe) + group)
 
     def _cuts(self, rows: Rows, rng: np.random.Generator) -> tuple[augment.Crops, list[Cut | None]]:
         """What is drawn of views of original images: boxes are cut out of these, shifts and flips move the views."""
@@ -120,7 +120,7 @@ class ViewStream:
     def reading(self) -> Reading:
         images = self.images
         assert isinstance(images, Originals)
-        groups = own(self.recipe.groups)
+        groups = own(mixing.mix_groups(self.recipe))
         if self.recipe.augment == "timm":
             return Reading(images, self._wanted, pil.views_of_files, (self.recipe, self.hflip, images.size), groups)
         return Reading(images, self._wanted, pixels.views, (images.size, images.crop_pct), groups)
@@ -129,12 +129,12 @@ class ViewStream:
         return np.asarray(self.index[self.places(step, group)], np.int64)
 
     def _generator(self, step: int, group: int) -> np.random.Generator:
-        return generator(self.seed, "views", step * self.recipe.groups + group)
+        return generator(self.seed, "views", step * mixing.mix_groups(self.recipe) + group)
 
     def places(self, step: int, group: int = 0) -> Int[np.ndarray, " batch"]:
         """Which entries of ``index`` a group of this step holds. From two passes where it runs on from one into the next."""
         recipe, subset = self.recipe, len(self.index)
-        views = np.arange(step * recipe.batch_size + group, (step + 1) * recipe.batch_size, recipe.groups)
+        views = np.arange(step * recipe.batch_size + group, (step + 1) * recipe.batch_size, mixing.mix_groups(recipe))
         images = views // recipe.repeats
         first, last = images[0] // subset, images[-1] // subset
         orders = np.concatenate([self._order(number) for number in range(first, last + 1)])

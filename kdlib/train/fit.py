@@ -8,6 +8,7 @@ from typing import NamedTuple, Never
 import torch
 from tqdm.auto import tqdm
 
+from kdlib.data.mixing import mix_groups
 from kdlib.data.stream import ViewStream
 from kdlib.ranks import anyone, own, rank, say
 from kdlib.train.ahead import in_time
@@ -53,7 +54,7 @@ class Fit:
         self._total = self.learners[0].total_steps
         # one that diverged just before a checkpoint goes on to the check that stops it: it ends as it would have without the interruption
         self._running = [learner for learner in self.learners if learner.step < self._total]
-        self._own = own(self.stream.recipe.groups)
+        self._own = own(mix_groups(self.stream.recipe))
         self._saved = time.monotonic()
 
     def run(self) -> None:
@@ -73,7 +74,7 @@ class Fit:
             self.answers.finish()
 
     def _places(self, first: int) -> Iterator[Place]:
-        groups = self.stream.recipe.groups
+        groups = mix_groups(self.stream.recipe)
         for step in range(first, self._total):
             for number in self._own:
                 if not self._running:

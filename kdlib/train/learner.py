@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from kdlib.config import Recipe
+from kdlib.data.mixing import mix_groups
 from kdlib.losses.base import Method
 from kdlib.losses.hard import HARD
 from kdlib.models import Classifier
@@ -53,7 +54,7 @@ class Learner:
             if adapters["params"]:
                 self.optimizer.add_param_group(adapters)
         self.rates = scheduler(self.optimizer, recipe, total_steps)
-        self.clip_norm, self.groups = recipe.clip_norm, recipe.groups // world()  # of this process
+        self.clip_norm, self.groups = recipe.clip_norm, mix_groups(recipe) // world()  # of this process
         # of weights and BatchNorm's statistics alike, as timm's are
         self.averages = {f"{decay:g}": ModelEmaV3(student.net, decay) for decay in recipe.ema}
         self.step = 0
@@ -63,7 +64,7 @@ class Learner:
         self._sums = torch.zeros(0, dtype=torch.float64, device=self.device)  # of the terms of each step since the last row of the curve
         self._steps_summed = 0
         self._taken = 0  # groups of the step that is being made
-        self._running = RunningStatistics(student, method, groups=recipe.groups)
+        self._running = RunningStatistics(student, method, groups=mix_groups(recipe))
         self._bad_step = torch.tensor(-1, device=self.device)
         self._bad_terms = torch.zeros(0, dtype=torch.bool, device=self.device)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdlib.config import ComputeParams, Recipe, Refused
+from kdlib.data.mixing import mix_groups
 from kdlib.data.originals import Originals
 from kdlib.data.splits import DataSet, Split
 from kdlib.data.stream import ViewStream
@@ -164,12 +165,12 @@ def _started(setting: Setting, job: Job, steps: int, compute: Compute) -> Learne
 def _answers(setting: Setting, learners: Sequence[Learner], steps: int, teacher: Teacher) -> Answers:
     """The teacher, and where its answers are kept; says how much room they take before they take it."""
     recipe = setting.recipe
-    per_epoch = recipe.groups * max(1, len(setting.data.train.labels) // recipe.batch_size)
+    per_epoch = mix_groups(recipe) * max(1, len(setting.data.train.labels) // recipe.batch_size)
     tolerance = 0.0 if setting.device.type == "cpu" else GPU_TOLERANCE
-    answers = Answers(teacher, setting.answers, recipe.batch_size // recipe.groups, per_epoch, tolerance)
+    answers = Answers(teacher, setting.answers, recipe.batch_size // mix_groups(recipe), per_epoch, tolerance)
     asks = asked_of_teacher(learners)
     if asks and setting.answers:
-        gigabytes = answers.bytes(steps * recipe.groups, asks) / 1e9
+        gigabytes = answers.bytes(steps * mix_groups(recipe), asks) / 1e9
         within = gigabytes <= setting.answers_gb
         what = f"are kept in {setting.answers}" if within else f"are not kept: more than study.answers_gb, {setting.answers_gb:g} GB"
         say(f"{setting.title}  the teacher's answers, {gigabytes:.3g} GB, {what}")

@@ -9,6 +9,7 @@ import psutil
 import torch
 from safetensors.torch import save
 
+from kdlib.data.mixing import mix_groups
 from kdlib.data.originals import Originals
 from kdlib.data.stream import ViewStream
 from kdlib.decoding.pool import pool, spare
@@ -88,7 +89,7 @@ def sizes(setting: Setting, methods: Methods) -> Cost:
         peak_bytes=None,
         checkpoint_bytes=sum(checkpoint_bytes(learner) for learner in trial.learners),
         weights_bytes=sum((1 + len(recipe.ema)) * len(save(weights(learner.student))) for learner in trial.learners),
-        answers_bytes=Answers(teacher, None, _group(setting), 1).bytes(recipe.groups, trial.asks) if teacher else 0,
+        answers_bytes=Answers(teacher, None, _group(setting), 1).bytes(mix_groups(recipe), trial.asks) if teacher else 0,
     )
 
 
@@ -125,7 +126,7 @@ def decoding(stream: ViewStream, processes: int, nodes: int) -> float:
     From one step of it, by all processes that decode here.
     """
     together = processes * nodes
-    groups = range(stream.recipe.groups // together)
+    groups = range(mix_groups(stream.recipe) // together)
     stream.reading.ask(1, groups[:1])()  # starts them
     started = time.perf_counter()
     stream.reading.ask(0, groups)()
@@ -194,7 +195,7 @@ def _tried(setting: Setting, found: Cost) -> int:
 
 
 def _group(setting: Setting) -> int:
-    return setting.recipe.batch_size // setting.recipe.groups
+    return setting.recipe.batch_size // mix_groups(setting.recipe)
 
 
 def _in_groups(setting: Setting, images: int) -> Setting:
