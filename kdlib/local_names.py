@@ -9,8 +9,8 @@ def rename_locals(tree: ast.Module) -> dict[str, str]:
     """Call every local variable by a number, in the order in which the tree names them first; return number -> old name.
 
     Numbers are no identifiers and none is given twice in a module: two variables never become one, and none hides another that it did not
-    hide before. Whatever can be seen from outside a function keeps its name: parameters, imports, classes, decorated functions and those
-    that are used other than by a call (both may be asked for their names), and names that a class would mangle.
+    hide before. Whatever can be seen from outside a function keeps its name: parameters, imports, classes, functions that are decorated,
+    used other than by a call, or around others (these can be asked for their names), and names that a class would mangle.
     """
     names = _Names()
     names.visit(tree)
@@ -112,7 +112,12 @@ class _Names(ast.NodeVisitor):
 
     def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         self._bind(node, "name", self._scope)
-        (self._scope.kept if node.decorator_list else self._scope.functions).add(node.name)
+        holds_others = any(
+            isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda)
+            for part in node.body
+            for inner in ast.walk(part)
+        )
+        (self._scope.kept if node.decorator_list or holds_others else self._scope.functions).add(node.name)
         self._visit_all(node.decorator_list, [node.returns] if node.returns else [])
         self._visit_function(node, node.args, node.body)
 

@@ -97,5 +97,5 @@ def _names(package: str, node: ast.AST) -> Iterator[str]:
                 yield base
         case ast.Import():
             yield from (alias.name for alias in node.names)
-        case ast.Constant(value=str(text)) if text.startswith("kdlib."):
+        case ast.Constant(value=str(text)) if "." in text and all(part.isidentifier() for part in text.split(".")):
             yield text

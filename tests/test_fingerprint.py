@@ -297,6 +297,10 @@ DIFFERENT = {
         "def f():\n @register\n def b(): return 1\n @register\n def a(): return 2",
     ),
     "passed on by name": ("def f():\n def a(): return 1\n register(a)", "def f():\n def b(): return 1\n register(b)"),
+    "around a class": (
+        "def f():\n def a():\n  class C: pass\n  return C\n return a()",
+        "def f():\n def b():\n  class C: pass\n  return C\n return b()",
+    ),
     "imported": ("def f():\n from m import a\n return a()", "def f():\n from m import b\n return b()"),
     "imported as": ("def f():\n from m import a as c, b as d\n return c()", "def f():\n from m import b as c, a as d\n return c()"),
     "keyword": ("def f(x):\n a = x\n return g(a=a)", "def f(x):\n b = x\n return g(b=b)"),
