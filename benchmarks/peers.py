@@ -38,6 +38,7 @@ from kdlib.parallel.ranks import local_groups
 from kdlib.seed import generator, seed_torch
 from kdlib.types import Batch, Feature, Output
 from kdlib.views import crop
+from kdlib.views.mixup import mix_groups
 from kdlib.views.stream import ViewStream
 
 LOGITS = frozenset({Feature.LOGITS})
@@ -256,7 +257,7 @@ class Ours:
         for number in students:
             job = Job(f"kd {number}", partial(KD, hard_weight=1.0, weight=1.0, temperature=1.0), False, Path())
             make = partial(self._student, job, number)
-            cost = try_step(job.name, make, batch, output, backend, task.recipe.groups)
+            cost = try_step(job.name, make, batch, output, backend, mix_groups(task.recipe))
             backend = replace(backend, kinds=(cost.kind,))  # decided once: the others are the same
             self.learners.append(Learner(job, make(), task.recipe, total_steps=task.steps, seed=0, backend=backend))
 
@@ -270,11 +271,11 @@ class Ours:
         return other
 
     def _cache(self, teacher: Teacher, folder: Path | None) -> TeacherCache:
-        return TeacherCache(teacher, folder, self.task.batch // self.task.recipe.groups, self.task.images // self.task.batch)
+        return TeacherCache(teacher, folder, self.task.batch // mix_groups(self.task.recipe), self.task.images // self.task.batch)
 
     def batches(self, steps: range) -> Iterator[Any]:
         """Of every step its groups: number, views, answers."""
-        groups = self.task.recipe.groups
+        groups = mix_groups(self.task.recipe)
         places = ((step, number) for step in steps for number in local_groups(groups))
         made: list[Any] = []
         with threads(max(1, torch.get_num_threads() - self.ahead)):
@@ -288,7 +289,7 @@ class Ours:
     def _make(self, place: tuple[int, int]) -> tuple[Batch, Output]:
         step, number = place
         batch = self.stream.batch(step, number)
-        return batch, self.cache(step * self.task.recipe.groups + number, batch.images, LOGITS)
+        return batch, self.cache(step * mix_groups(self.task.recipe) + number, batch.images, LOGITS)
 
     def step(self, made: Any) -> list[Tensor]:
         """Losses stay where they are: nothing waits for the device."""

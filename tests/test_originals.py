@@ -28,6 +28,7 @@ from kdlib.data.lazy_images import iterate_batches
 from kdlib.decoding import pixels
 from kdlib.decoding.pixels import Cut
 from kdlib.decoding.pool import Pool
+from kdlib.views.mixup import mix_groups
 from kdlib.views.stream import ViewStream
 from tests import jpegs, tiny
 from tests.refusals import refused
@@ -232,7 +233,7 @@ def test_without_resized_crops_a_view_is_what_evaluation_sees(listed: DataSet) -
 def test_other_processes_make_the_same_views(
     listed: DataSet, workers: Pool, augment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    groups = recipe(**augment).groups
+    groups = mix_groups(recipe(**augment))
     expected = [[stream(listed, **augment).batch(step, group) for group in range(groups)] for step in (0, 1, 5)]
     monkeypatch.setattr(lazy_images, "pool", lambda: workers)
     views = stream(listed, **augment)

@@ -1,6 +1,9 @@
-"""The form of params.yaml: its sections, their keys, and the type and range of every value."""
+"""The form of params.yaml: its sections, their keys, and the type and range of every value.
 
-from typing import Annotated, Any, Literal
+No behaviour: a run's fingerprint holds the values, and not the code of this file.
+"""
+
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -138,16 +141,6 @@ class Recipe(Section):
     randaugment: RandAugmentParams
     erasing: Share  # probability that a box of a view is grey
     augment: Literal["batched", "timm"]  # crops and RandAugment: of a whole batch at once, or by timm's transforms on PIL images
-
-    @property
-    def groups(self) -> int:
-        """Mix groups of a batch."""
-        return self.batch_size // (self.group_size or self.batch_size)
-
-    def views(self) -> dict[str, Any]:
-        """What views depend on."""
-        sizes, crops, mixing = {"batch_size", "group_size", "repeats"}, {"crop_padding", "crop_min_area"}, {"mixup_alpha", "cutmix_alpha"}
-        return self.model_dump(include=sizes | crops | mixing | {"randaugment", "erasing", "augment"})
 
 
 class TeacherParams(Section):

@@ -23,6 +23,7 @@ from kdlib.models.build import Classifier
 from kdlib.parallel.ranks import world
 from kdlib.seed import seed_torch
 from kdlib.types import Asks, Batch, Output
+from kdlib.views.mixup import mix_groups
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Learner:
         self._rates, self._clip_norm = scheduler(self.optimizer, recipe, total_steps), recipe.clip_norm
         # of weights and BatchNorm's statistics alike, as timm's are
         self.averages = {f"{decay:g}": ModelEmaV3(self.student.net, decay) for decay in recipe.ema}
-        self._statistics = RunningStatistics(self.student, self.method, groups=recipe.groups)
-        self._groups = recipe.groups // world()  # of this process
+        self._statistics = RunningStatistics(self.student, self.method, groups=mix_groups(recipe))
+        self._groups = mix_groups(recipe) // world()  # of this process
         self._gradients = Gradients(model, backend, self._groups, distributed=world() > 1)
         self.curve = LossCurve(backend.device)
         self.step = 0

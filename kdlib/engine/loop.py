@@ -15,6 +15,7 @@ from kdlib.engine.teacher_cache import TeacherCache
 from kdlib.parallel.ranks import any_rank, local_groups, rank, say
 from kdlib.parallel.signals import Stopped, asked_to_stop, held_back, watched
 from kdlib.types import Asks, Batch, Output
+from kdlib.views.mixup import mix_groups
 from kdlib.views.stream import ViewStream
 
 VALIDATIONS = 10  # points of a curve that carry a validation accuracy; more would cost a short run more than its training
@@ -51,7 +52,7 @@ class TrainingLoop:
         self._total = self.learners[0].total_steps
         # one that diverged just before a checkpoint goes on to the check that stops it: it ends as it would have without the interruption
         self._running = [learner for learner in self.learners if learner.step < self._total]
-        self._groups = local_groups(self.stream.recipe.groups)
+        self._groups = local_groups(mix_groups(self.stream.recipe))
         self._saved = time.monotonic()
 
     def run(self) -> float:
@@ -76,7 +77,7 @@ class TrainingLoop:
         return teacher_seconds
 
     def _slots(self, first: int) -> Iterator[GroupSlot]:
-        groups = self.stream.recipe.groups
+        groups = mix_groups(self.stream.recipe)
         for step in range(first, self._total):
             for number in self._groups:
                 if not self._running:

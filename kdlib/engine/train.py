@@ -20,6 +20,7 @@ from kdlib.engine.teacher_cache import TeacherCache
 from kdlib.errors import Refused
 from kdlib.parallel.ranks import gather_ranks, rank, say, wait_for_all, world
 from kdlib.types import Asks
+from kdlib.views.mixup import mix_groups
 from kdlib.views.stream import ViewStream
 
 GPU_TOLERANCE = 0.05  # of a logit: sums there are not repeated in the same order
@@ -51,11 +52,11 @@ def _open_teacher(setting: Setting, asks: Asks, backend: Backend, stream: ViewSt
         return None
     recipe = setting.recipe
     teacher = fastest_teacher(setting.teacher, backend, stream.batch(0).images, asks)
-    per_epoch = recipe.groups * max(1, len(setting.data.train.labels) // recipe.batch_size)
+    per_epoch = mix_groups(recipe) * max(1, len(setting.data.train.labels) // recipe.batch_size)
     tolerance = 0.0 if setting.device.type == "cpu" else GPU_TOLERANCE
-    cache = TeacherCache(teacher, setting.cache_folder, recipe.batch_size // recipe.groups, per_epoch, tolerance)
+    cache = TeacherCache(teacher, setting.cache_folder, recipe.batch_size // mix_groups(recipe), per_epoch, tolerance)
     if asks and setting.cache_folder:
-        gigabytes = cache.bytes(setting.total_steps * recipe.groups, asks) / 1e9
+        gigabytes = cache.bytes(setting.total_steps * mix_groups(recipe), asks) / 1e9
         within = gigabytes <= setting.answers_gb
         what = f"are kept in {setting.cache_folder}" if within else f"are not kept: more than study.answers_gb, {setting.answers_gb:g} GB"
         say(f"{setting.title}  the teacher's answers, {gigabytes:.3g} GB, {what}")
@@ -69,7 +70,7 @@ def _try_steps(
     batch = stream.batch(0)
     # not from the files: how many threads compute is not what it will be
     output = teacher.of_teacher(batch.images, asks) if teacher and asks else None
-    groups = setting.recipe.groups // world()
+    groups = mix_groups(setting.recipe) // world()
     return [try_step(job.name, partial(student_with_loss, setting, job.method), batch, output, backend, groups) for job in jobs]
 
 

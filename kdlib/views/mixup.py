@@ -13,6 +13,11 @@ from kdlib.types import Images
 SWITCH = 0.5  # probability of cutmix where both are on (timm's default)
 
 
+def mix_groups(recipe: Recipe) -> int:
+    """The number of mix groups of a batch: the parts that are mixed, and normalised by BatchNorm, each by itself."""
+    return recipe.batch_size // (recipe.group_size or recipe.batch_size)
+
+
 @dataclass(frozen=True)
 class Mix:
     """How a batch is mixed: image i keeps ``share`` of itself and takes the rest from image B - 1 - i, as a blend or as a box."""

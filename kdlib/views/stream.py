@@ -17,6 +17,7 @@ from kdlib.seed import generator
 from kdlib.types import Batch
 from kdlib.views import crop, erasing, mixup, randaugment, timm_pil
 from kdlib.views.crop import to_device
+from kdlib.views.mixup import mix_groups
 from kdlib.views.prefetch import DecodePrefetch
 
 
@@ -53,7 +54,7 @@ class ViewStream:
     def batch(self, step: int, group: int = 0) -> Batch:
         """Make the views of one group of a step, both counted from 0: float32 in [0, 1], channels_last."""
         recipe, images = self.recipe, self.images
-        number = step * recipe.groups + group  # over all steps
+        number = step * mix_groups(recipe) + group  # over all steps
         positions = self.positions(step, group)
         rng = generator(self.seed, "views", number)
         rows = np.asarray(self.index[positions], np.int64)
@@ -92,7 +93,7 @@ class ViewStream:
         assert isinstance(images, LazyImages)
 
         def wanted(step: int, group: int) -> tuple[Rows, Sequence[timm_pil.Keys | Cut | None]]:
-            number = step * recipe.groups + group
+            number = step * mix_groups(recipe) + group
             rows = np.asarray(self.index[self.positions(step, group)], np.int64)
             if recipe.augment == "timm":
                 return rows, timm_pil.view_keys(self.seed, number, len(rows))
@@ -102,12 +103,12 @@ class ViewStream:
         decode = images.decode
         if recipe.augment == "timm":
             decode = functools.partial(timm_pil.transform_files, recipe=recipe, hflip=self.hflip, size=images.size)
-        return DecodePrefetch(images, wanted, decode, local_groups(recipe.groups))
+        return DecodePrefetch(images, wanted, decode, local_groups(mix_groups(recipe)))
 
     def positions(self, step: int, group: int = 0) -> Int[np.ndarray, " batch"]:
         """Positions in ``index`` that a group of this step holds: of two passes where it runs on from one into the next."""
         recipe, subset = self.recipe, len(self.index)
-        views = np.arange(step * recipe.batch_size + group, (step + 1) * recipe.batch_size, recipe.groups)
+        views = np.arange(step * recipe.batch_size + group, (step + 1) * recipe.batch_size, mix_groups(recipe))
         images = views // recipe.repeats
         first, last = images[0] // subset, images[-1] // subset
         orders = np.concatenate([self._order(number) for number in range(first, last + 1)])

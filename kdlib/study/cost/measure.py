@@ -21,6 +21,7 @@ from kdlib.engine.record import forward_flops, weights
 from kdlib.engine.setting import Images, Setting, begin, view_stream
 from kdlib.engine.teacher_cache import TeacherCache
 from kdlib.losses.base import Method
+from kdlib.views.mixup import mix_groups
 from kdlib.views.stream import ViewStream
 
 BACKWARD = 2  # forward passes that a backward pass costs
@@ -119,7 +120,7 @@ def sizes(setting: Setting, methods: Methods) -> Cost:
         peak_bytes=None,
         checkpoint_bytes=sum(checkpoint_bytes(learner) for learner in trial.learners),
         weights_bytes=sum((1 + len(recipe.ema)) * len(save(weights(learner.student))) for learner in trial.learners),
-        answers_bytes=TeacherCache(teacher, None, _group(setting), 1).bytes(recipe.groups, trial.asks) if teacher else 0,
+        answers_bytes=TeacherCache(teacher, None, _group(setting), 1).bytes(mix_groups(recipe), trial.asks) if teacher else 0,
     )
 
 
@@ -156,7 +157,7 @@ def decoding(stream: ViewStream, processes: int, nodes: int) -> float:
     From one step of it, by all processes that decode here.
     """
     together = processes * nodes
-    groups = range(stream.recipe.groups // together)
+    groups = range(mix_groups(stream.recipe) // together)
     stream.prefetch.ask(1, groups[:1])()  # starts them
     started = time.perf_counter()
     stream.prefetch.ask(0, groups)()
@@ -225,7 +226,7 @@ def _tried(setting: Setting, found: Cost) -> int:
 
 
 def _group(setting: Setting) -> int:
-    return setting.recipe.batch_size // setting.recipe.groups
+    return setting.recipe.batch_size // mix_groups(setting.recipe)
 
 
 def _in_groups(setting: Setting, images: int) -> Setting:

@@ -27,9 +27,11 @@ from kdlib.study.cost import measure
 from kdlib.study.cost.estimate import Row, forecast, largest_group
 from kdlib.study.cost.measure import Cost
 from kdlib.study.cost.synthetic_data import Facts, facts, imagined
+from kdlib.study.training import identity
 from kdlib.study.training.checks import check_against_data
 from kdlib.study.training.experiment import PLAIN, Experiment
 from kdlib.study.training.planned import DATA, trials_of
+from kdlib.views.mixup import mix_groups
 from kdlib.views.stream import ViewStream
 
 
@@ -197,7 +199,7 @@ class Outlook:
             with threads(kind.threads), redirect_stdout(io.StringIO()):
                 return measure.memory(smaller, methods, cost)
 
-        raise too_large(kind, user, recipe.batch_size // recipe.groups, cost.peak_bytes, room, peak)
+        raise too_large(kind, user, recipe.batch_size // mix_groups(recipe), cost.peak_bytes, room, peak)
 
     def _row(self, key: str, costs: Mapping[Kind, Cost], kept: dict[object, int]) -> Row:
         work, (section, name) = self.work[key], key.split(".")
@@ -215,7 +217,7 @@ class Outlook:
         """Bytes of teachers' answers that a comparison adds to those that are kept, of the same views once; and of those to one seed's
         views where they are too many."""
         comparison, most = self.params.comparisons[name], round(1e9 * self.params.study.answers_gb)
-        views = json.dumps(self.params.recipes[comparison.recipe].views(), sort_keys=True)
+        views = json.dumps(identity.of_views(self.params.recipes[comparison.recipe]), sort_keys=True)
         added = live = 0
         for kind, seed in self.work[f"comparisons.{name}"].groups:
             size, to = steps * costs[kind].answers_bytes, (comparison.data, comparison.fraction, comparison.teacher, views, seed)

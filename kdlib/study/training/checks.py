@@ -20,6 +20,7 @@ from kdlib.losses import METHODS
 from kdlib.models.build import build
 from kdlib.study.training.planned import methods_of, trials_of
 from kdlib.types import OutputShape, Setup
+from kdlib.views.mixup import mix_groups
 
 
 def check_without_data(params: Params) -> None:
@@ -78,8 +79,8 @@ def check_shares(params: Params) -> None:
     used = {item.recipe for item in params.teachers.values()} | {item.recipe for item in params.comparisons.values()}
     for name in sorted(used):
         recipe = params.recipes[name]
-        if recipe.groups % processes:
-            what = f"{recipe.groups} mix groups in a batch of {recipe.batch_size}"
+        if mix_groups(recipe) % processes:
+            what = f"{mix_groups(recipe)} mix groups in a batch of {recipe.batch_size}"
             allowed = f"a number of groups that {processes} processes can share out (they take whole groups)"
             raise refuse(f"recipes.{name}.group_size", what, allowed, f"set it to {recipe.batch_size // processes}, or change study.launch")
 
@@ -183,7 +184,7 @@ def full_memory_refused(name: str, recipe: Recipe) -> Iterator[None]:
     """The GPU's memory running out in a training by this recipe becomes one line that says what to change."""
     allowed = "what fits; `python -m kdlib.study plan` finds the largest that does"
     do = "set it lower (it changes which images are mixed and normalised together), train fewer methods at once, or use a larger GPU"
-    with out_of_memory_refused(f"recipes.{name}.group_size", recipe.batch_size // recipe.groups, allowed, do):
+    with out_of_memory_refused(f"recipes.{name}.group_size", recipe.batch_size // mix_groups(recipe), allowed, do):
         yield
 
 

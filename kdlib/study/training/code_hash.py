@@ -1,14 +1,17 @@
-"""What shaped a number: the code behind it, as a hash that ignores comments and docstrings."""
+"""What shaped a number: the code behind it, as a hash that ignores words: comments, docstrings, messages and the names of locals."""
 
 import ast
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
+from importlib.util import resolve_name
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[2]
+from kdlib.study.training.normal_form import normal_form
+
+PACKAGE = next(folder for folder in Path(__file__).parents if folder.name == "kdlib")
 
 
 def fingerprint(*parts: object) -> str:
@@ -17,9 +20,9 @@ def fingerprint(*parts: object) -> str:
 
 
 def code_fingerprint(roots: Iterable[str], stop: Collection[str] = ()) -> str:
-    """Hash of the syntax trees of ``closure(roots, stop)``: a comment or a docstring changes nothing."""
+    """Hash of the names and normal forms of ``closure(roots, stop)``. Raises ValueError for a root outside of the package."""
     cell = _reloads()
-    return fingerprint([(module, _tree(module, cell)) for module in sorted(closure(roots, stop))])
+    return fingerprint([(module, normal_form(_source(module, cell))) for module in sorted(closure(roots, stop))])
 
 
 def closure(roots: Iterable[str], stop: Collection[str] = ()) -> set[str]:
@@ -35,8 +38,23 @@ def closure(roots: Iterable[str], stop: Collection[str] = ()) -> set[str]:
 
 
 def imports(module: str) -> frozenset[str]:
-    """The modules of this package that importing ``module`` runs: those it names, and the packages they lie in."""
+    """The modules of this package that importing ``module`` runs: those it names, and the packages they lie in.
+
+    The package itself only hands on names of its modules: it counts where something takes one from it.
+    """
     return _imports(module, _reloads())
+
+
+def path(module: str) -> Path:
+    """The source file of ``kdlib.<...>``; for a name that is no module, a path that does not exist."""
+    base = PACKAGE.joinpath(*module.split(".")[1:])
+    package = base / "__init__.py"  # a folder without one is left from another version, and a module of its name goes before it
+    return package if package.is_file() else base.with_suffix(".py")
+
+
+def _package(module: str) -> str:
+    """The package that a module's relative imports start from."""
+    return module if path(module).name == "__init__.py" else module.rpartition(".")[0]
 
 
 def _reloads() -> int:
@@ -49,27 +67,35 @@ def _reloads() -> int:
 
 
 @cache
-def _imports(module: str, _cell: int) -> frozenset[str]:
-    named: set[str] = set()
-    for node in ast.walk(ast.parse(path(module).read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Import):
-            named |= {alias.name for alias in node.names}
-    named |= {name.rpartition(".")[0] for name in named | {module}}
-    return frozenset(name for name in named if name.startswith("kdlib.") and path(name).is_file())
-
-
-def path(module: str) -> Path:
-    """The source file of ``kdlib.<...>``; for a name that is no module, a path that does not exist."""
-    base = PACKAGE.joinpath(*module.split(".")[1:])
-    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+def _source(module: str, _cell: int) -> bytes:
+    if module.partition(".")[0] != "kdlib":
+        raise ValueError(f"found code in {module}; allowed: modules of kdlib, whose imports are followed; move it into the package")
+    return path(module).read_bytes()
 
 
 @cache
-def _tree(module: str, _cell: int) -> str:
-    tree = ast.parse(path(module).read_text("utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
+def _imports(module: str, cell: int) -> frozenset[str]:
+    named = {name for name in _named(_package(module), _source(module, cell)) if name.partition(".")[0] == "kdlib"}
+    found = {name for name in named if path(name).is_file()}
+    found |= {name.rpartition(".")[0] for name in named | {module}} - {"kdlib", ""}
+    takes = any(name.count(".") == 1 for name in named - found)
+    return frozenset(name for name in found | ({"kdlib"} if takes else set()) if path(name).is_file())
+
+
+@cache
+def _named(package: str, source: bytes) -> frozenset[str]:
+    """Everything that may be a module: what is imported, and what a text names alone (``python -m`` takes it, as lazy imports do)."""
+    return frozenset(name for node in ast.walk(ast.parse(source)) for name in _names(package, node))
+
+
+def _names(package: str, node: ast.AST) -> Iterator[str]:
+    match node:
+        case ast.ImportFrom():
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+            if base != "kdlib":
+                yield base
+        case ast.Import():
+            yield from (alias.name for alias in node.names)
+        case ast.Constant(value=str(text)) if "." in text and all(part.isidentifier() for part in text.split(".")):
+            yield text

@@ -1,4 +1,4 @@
-"""What a run and a teacher's answers are known by: a hash of everything that can change a number of theirs."""
+"""What a run and a teacher's outputs are known by: a hash of everything that can change a number of theirs."""
 
 import hashlib
 from typing import Any
@@ -6,36 +6,54 @@ from typing import Any
 import timm
 import torch
 
+from kdlib.config.schema import Recipe
 from kdlib.engine.setting import Setting
+from kdlib.engine.teacher_cache import TeacherCache
+from kdlib.engine.train import train
 from kdlib.losses import METHODS
 from kdlib.study.training.code_hash import code_fingerprint, fingerprint
 from kdlib.study.training.planned import Variant
+from kdlib.views.stream import ViewStream
 
-# What a fingerprint covers by value, what only names other modules, moves files about or says how far it is: it changes no number.
-UNCOUNTED = frozenset(f"kdlib.{name}" for name in ("config", "config.schema", "losses"))
+# Imported by what trains, and not followed from there:
+UNCOUNTED = frozenset(
+    {
+        "kdlib.config",  # the package only hands on names
+        "kdlib.config.schema",  # classes of values, which are hashed themselves; they have no behaviour
+        "kdlib.losses",  # names of the classes: the one of a run is hashed by name, and its file counts
+    }
+)
 
 
 def of_run(setting: Setting, teacher: str | None, variant: Variant) -> str:
-    """Of the weights and measures that training ends with."""
+    """Fingerprint of the weights and measures that training ends with."""
+    method = METHODS[variant.method]
     described = _views(setting) | {
         "teacher": teacher,
         "student": setting.student,
         "size": setting.size,
         "recipe": setting.recipe.model_dump(),
         "method": variant.method,
+        "class": method.__qualname__,  # a file may hold several
         "parameters": dict(sorted(variant.parameters.items())),
         "trial": variant.trial,
     }
-    return fingerprint(described, code_fingerprint(["kdlib.engine.train", METHODS[variant.method].__module__], UNCOUNTED))
+    return fingerprint(described, code_fingerprint([train.__module__, method.__module__], UNCOUNTED))
 
 
 def of_answers(setting: Setting, teacher: str) -> str:
-    """Of what a teacher says of the views, to the bit: on one kind of device, versions of torch and timm, and number of threads."""
+    """Fingerprint of the teacher's cached outputs. Bit-exact, so it covers device, library versions and threads."""
     on_gpu = setting.device.type == "cuda"
     device = torch.cuda.get_device_name(setting.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
     exact = (torch.__version__, timm.__version__, torch.get_num_threads(), device)
-    code = code_fingerprint(["kdlib.views.stream", "kdlib.engine.teacher_cache"], UNCOUNTED)
-    return fingerprint(_views(setting) | {"teacher": teacher, "recipe": setting.recipe.views()}, exact, code)
+    code = code_fingerprint([ViewStream.__module__, TeacherCache.__module__], UNCOUNTED)
+    return fingerprint(_views(setting) | {"teacher": teacher, "recipe": of_views(setting.recipe)}, exact, code)
+
+
+def of_views(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that the training views depend on."""
+    sizes, crops, mixing = {"batch_size", "group_size", "repeats"}, {"crop_padding", "crop_min_area"}, {"mixup_alpha", "cutmix_alpha"}
+    return recipe.model_dump(include=sizes | crops | mixing | {"randaugment", "erasing", "augment"})
 
 
 def _views(setting: Setting) -> dict[str, Any]:
