@@ -36,7 +36,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("training was started")
 
     monkeypatch.setattr(experiment, "train", started)
-    monkeypatch.setattr("kdlib.engine.train.Fit", started)
+    monkeypatch.setattr("kdlib.engine.train.TrainingLoop", started)
 
 
 @pytest.fixture
