@@ -83,13 +83,13 @@ def test_every_run_is_listed_and_can_be_chosen(experiment: Experiment, executed:
     assert "application/vnd.jupyter.widget-view+json" in _of(executed, "interact(")[0].data
 
 
-@pytest.mark.parametrize("part", ["show.curves(explore", "show.disagreements", "show.curves(named"])
+@pytest.mark.parametrize("part", ["stages.training_curves(explore", "stages.disagreements", "stages.training_curves(named"])
 def test_figures_are_shown_once(executed: list[nbformat.NotebookNode], part: str) -> None:
     assert [list(output.data) for output in _of(executed, part)] == [["text/plain", "image/png"]]
 
 
 def test_the_method_was_trained_again_with_other_parameters(executed: list[nbformat.NotebookNode]) -> None:
-    lines = _text(_of(executed, "show.measures(named)")).splitlines()
+    lines = _text(_of(executed, "stages.measures_of_runs(named)")).splitlines()
     assert [line.split("finished")[0].strip() for line in lines if "finished" in line] == ["pipeline", "weight 2"]
     before, after = (line.split() for line in lines if "finished" in line)
     assert before[2:] != after[3:]

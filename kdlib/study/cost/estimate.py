@@ -12,12 +12,13 @@ from kdlib.study.cost.measure import BACKWARD, Cost
 
 NEWEST = 2  # checkpoints that are kept of a run until it is finished (kdlib.engine.checkpoint)
 COPIES = 3  # of a finished run's weights: in the run store, below runs/, in DVC's cache (where that cannot link)
+Number = int | float  # NaN: unknown, or not measured
 _ADDED = ("runs", "images", "flops", "hours", "wall_hours", "weights_bytes", "answers_bytes")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A teacher that is to be trained, a comparison, or all of them, and what its runs cost. NaN: unknown, or not measured."""
+    """A teacher that is to be trained, a comparison, or all of them, and what its runs cost."""
 
     what: str
     name: str
@@ -28,16 +29,16 @@ class Row:
     runs: int
     live_bytes: int = 0  # of the teacher's answers to the views of one seed, where they are too many to be kept
     shared: int = 0  # runs that an earlier comparison makes too, and which are counted there
-    images: float = math.nan  # seen by all runs
-    flops: float = math.nan
-    images_a_second: float = math.nan  # through the students of one process
-    hours: float = math.nan  # of a GPU, or of this machine's CPU
-    wall_hours: float = math.nan
-    peak_bytes: float = math.nan  # of memory, in one process
-    checkpoint_bytes: float = math.nan  # at any one time
-    weights_bytes: float = math.nan
-    answers_bytes: float = math.nan  # that are kept
-    decoding: float = math.nan  # how many times as long as the rest it takes at most; NaN: nothing is decoded, or nobody knows
+    images: Number = math.nan  # seen by all runs
+    flops: Number = math.nan
+    images_a_second: Number = math.nan  # through the students of one process
+    hours: Number = math.nan  # of a GPU, or of this machine's CPU
+    wall_hours: Number = math.nan
+    peak_bytes: Number = math.nan  # of memory, in one process
+    checkpoint_bytes: Number = math.nan  # at any one time
+    weights_bytes: Number = math.nan
+    answers_bytes: Number = math.nan  # that are kept
+    decoding: Number = math.nan  # how many times as long as the rest it takes at most; NaN: nothing is decoded, or nobody knows
 
 
 def forecast(row: Row, stages: Sequence[Sequence[Cost]], images: int, cores: int, processes: int) -> Row:
@@ -69,7 +70,7 @@ def total(rows: Sequence[Row]) -> Row:
     return Row("", "total", "", "", None, "", **known)
 
 
-def makespan(seconds: Sequence[float], processes: int) -> float:
+def makespan(seconds: Sequence[Number], processes: int) -> float:
     """When the last is done, where each process that becomes free takes the next."""
     free = [0.0] * processes
     for duration in seconds:
@@ -95,10 +96,10 @@ def largest_group(peak_bytes: Callable[[int], int | None], group: int, room: int
     return None
 
 
-def _or_nan(value: float | None) -> float:
+def _or_nan(value: Number | None) -> Number:
     return math.nan if value is None else value
 
 
-def _most(values: Iterable[float]) -> float:
+def _most(values: Iterable[Number]) -> float:
     """The largest, 0 of none; unlike Python's, NaN where one is."""
     return float(np.max(list(values), initial=0.0))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pandas as pd
 
-from kdlib.study.cost.estimate import Row, total
+from kdlib.study.cost.estimate import Number, Row, total
 
 WIDTH = 120  # characters of a line on the screen
 SHORTEST = 8  # characters that a name is cut to, at least
@@ -80,7 +80,7 @@ def _numbers(row: Row) -> list[str]:
     ]
 
 
-def short(value: float, unit: str = "") -> str:
+def short(value: Number, unit: str = "") -> str:
     """Three digits and a prefix: 1.23 T; blank for NaN."""
     if math.isnan(value):
         return ""
@@ -90,7 +90,7 @@ def short(value: float, unit: str = "") -> str:
     return f"{value:.3g}{f' {unit}' if unit else ''}"
 
 
-def duration(hours: float) -> str:
+def duration(hours: Number) -> str:
     """In the unit in which people say it; blank for NaN."""
     if math.isnan(hours):
         return ""

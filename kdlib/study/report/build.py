@@ -58,7 +58,7 @@ def finished_part(root: Path, planned: Params) -> Params:
     if planned.study.missing == "fail":
         return planned
     teachers = {name: item for name, item in planned.teachers.items() if collect.has_teacher(root, name)}
-    comparisons = {name: item for name, item in planned.comparisons.items() if collect.has_all(root, expected_runs(planned, name))}
+    comparisons = {name: item for name, item in planned.comparisons.items() if not collect.missing(root, expected_runs(planned, name))}
     if not comparisons:
         raise refuse("comparisons", "none that was brought to its end", "at least one", "run `dvc repro distill@<name>` first")
     return planned.model_copy(update={"teachers": teachers, "comparisons": comparisons})

@@ -30,11 +30,6 @@ def read_runs(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=_TYPES, keep_default_na=False, na_values=[""])[COLUMNS]
 
 
-def has_all(root: Path, expected: Iterable[Run]) -> bool:
-    """Whether every one of these runs was brought to its end."""
-    return not _missing(root, expected)
-
-
 def has_teacher(root: Path, name: str) -> bool:
     """Whether this teacher was made."""
     return (root / TEACHERS / name / "metrics.json").is_file()
@@ -105,10 +100,11 @@ def _below(keys: list[str], parts: list[tuple[tuple[object, ...], pd.DataFrame]]
 
 
 def _require(root: Path, expected: list[Run]) -> None:
-    _refuse_missing([f"{DISTILL / name / variant}/seed_{seed}" for name, variant, seed in _missing(root, expected)], len(expected))
+    _refuse_missing([f"{DISTILL / name / variant}/seed_{seed}" for name, variant, seed in missing(root, expected)], len(expected))
 
 
-def _missing(root: Path, expected: Iterable[Run]) -> list[Run]:
+def missing(root: Path, expected: Iterable[Run]) -> list[Run]:
+    """Those of these runs that were not brought to their end."""
     return [run for run in expected if not (run_folder(root, run) / "metrics.json").is_file()]
 
 

@@ -91,7 +91,7 @@ def _methods(
     reached = reached[reached["comparison"].isin(names)]
     ahead = everyone[(everyone["question"] == "lead") & everyone["comparison"].isin(names)]
     change = everyone[(everyone["question"] == "scale") & (everyone["comparison"] == f"{names[0]} minus {names[-1]}")]
-    columns = [("looks at", _texts(cost, _looks_at))]
+    columns = [("looks at", _texts(cost, lambda row: row["looks_at"] + ", across the batch" * row["relational"]))]
     for place in names:
         head = scale(params.comparisons[place].fraction, train_images(runs, place))
         columns.append((f"{head}: top-1", _texts(reached[reached["comparison"] == place], lambda row: measured(row) or "diverged")))
@@ -124,10 +124,6 @@ def _methods(
 
 def _texts(frame: pd.DataFrame, tell: Callable[[dict[str, Any]], str]) -> dict[str, str]:
     return {row["method"]: tell(row) for row in records(frame)}
-
-
-def _looks_at(row: dict[str, Any]) -> str:
-    return f"{row['looks_at']}{', across the batch' if row['relational'] else ''}"
 
 
 def _time(row: dict[str, Any]) -> str:
