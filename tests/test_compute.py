@@ -148,8 +148,8 @@ def test_a_replayed_training_is_the_same(
     methods = {name: method(name) for name in ("kd", "crd", "rkd", "no_kd")}
     unmixed = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0}
     plain = trained(setting(**unmixed, **changes), methods, tmp_path / "plain")
-    monkeypatch.setattr(train, "choose", lambda *_: Backend(training.CPU, kinds=("graphs",)))
-    monkeypatch.setattr(train, "answering", lambda teacher, *_: teacher)
+    monkeypatch.setattr(train, "choose_backend", lambda *_: Backend(training.CPU, kinds=("graphs",)))
+    monkeypatch.setattr(train, "fastest_teacher", lambda teacher, *_: teacher)
     graphs = trained(setting(**unmixed, **changes), methods, tmp_path / "graphs")
     assert len(recorded) == len(methods)
     assert graphs == plain
@@ -239,7 +239,7 @@ def test_a_student_is_compiled_where_it_gets_quicker(
     plain = trained(setting(drop_path=0.3), SOME, tmp_path / "plain")
     compiled: list[torch.nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda together, **_: compiled.append(together) or together)
-    monkeypatch.setattr(train, "choose", lambda *_: Backend(training.CPU, kinds=(False, True)))
+    monkeypatch.setattr(train, "choose_backend", lambda *_: Backend(training.CPU, kinds=(False, True)))
     monkeypatch.setattr(compile, "in_turn", timed)
     assert trained(setting(drop_path=0.3), SOME, tmp_path / "measured") == plain
     assert len(compiled) == 1 + (2 if quicker else 1) * len(SOME)  # the teacher on a copy that stays, students on copies that do not

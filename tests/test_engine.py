@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kdlib.data.splits import subset
 from kdlib.engine import checkpoint
 from kdlib.engine.loop import TrainingLoop
+from kdlib.engine.probe import StepCost
 from kdlib.engine.setting import Setting
 from kdlib.engine.teacher_cache import TeacherCache
 from kdlib.losses import METHODS
@@ -76,6 +77,12 @@ def spies(seen: dict[str, Seen]) -> dict[str, Callable[[], Method]]:
     return {name: lambda name=name: Spy(seen[name], ALL[name]()) for name in seen}
 
 
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is tried before training, so that a method is shown nothing but its training."""
+    monkeypatch.setattr("kdlib.engine.train.try_step", lambda *_: StepCost(0, False))
+
+
 # Isolation
 
 
@@ -89,6 +96,7 @@ def test_a_run_among_others_is_the_run_alone(tmp_path: Path) -> None:
     assert len({files["weights.safetensors"] for files in together.values()}) == len(ALL)
 
 
+@pytest.mark.usefixtures("untried")
 def test_every_student_sees_the_same_batches_and_the_teacher_passes_once(tmp_path: Path) -> None:
     seen = {name: Seen() for name in METHODS}
     teacher, calls = training.teacher(), []
@@ -115,6 +123,7 @@ class Counting(Spy):
         return super().forward(student, teacher, batch, hard, progress)
 
 
+@pytest.mark.usefixtures("untried")
 def test_progress_is_the_share_of_all_steps_with_the_one_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a run that goes on from a checkpoint."""
     seen, save = {"kd": Seen()}, checkpoint.save
@@ -143,10 +152,11 @@ def test_no_teacher_pass_for_nobody(tmp_path: Path) -> None:
 def test_a_method_without_its_teacher_is_an_error(tmp_path: Path) -> None:
     orphan = setting()
     object.__setattr__(orphan, "teacher", None)
-    with pytest.raises(ValueError, match="kd: found no teacher's answers"):
+    with pytest.raises(ValueError, match="KD: found no teacher's output"):
         trained(orphan, {"kd": ALL["kd"]}, tmp_path)
 
 
+@pytest.mark.usefixtures("untried")
 def test_every_method_starts_from_the_same_student(tmp_path: Path) -> None:
     """Same initialisation, batch and drop path give the same logits at the first step, and no longer at the second."""
     seen = {name: Seen() for name in METHODS}
@@ -190,6 +200,7 @@ def test_a_subset_seed_gives_all_seeds_the_same_images(tmp_path: Path, monkeypat
     assert all(np.array_equal(among.index, subset(labels, 0.5, among.seed)) for among in settings[None])
 
 
+@pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("images", [24, 48, 96])
 def test_every_fraction_sees_equally_many_images(tmp_path: Path, images: int) -> None:
     seen = {"no_kd": Seen()}
@@ -364,6 +375,7 @@ def test_a_trial_is_not_told_about_the_test_split(tmp_path: Path) -> None:
     assert not [name for name in metrics if name.startswith("test_")]
 
 
+@pytest.mark.usefixtures("untried")
 def test_the_curve_holds_the_means_of_each_epoch(tmp_path: Path) -> None:
     seen = {"dkd": Seen()}
     trained(setting(index=np.arange(40)), spies(seen), tmp_path)  # batches of 16 straddle passes of 40

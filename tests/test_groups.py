@@ -17,6 +17,7 @@ from kdlib.engine import checkpoint
 from kdlib.engine.learner import Learner
 from kdlib.errors import Refused
 from kdlib.losses import METHODS
+from kdlib.losses.hard import HARD
 from kdlib.models.build import build
 from kdlib.seed import seed_torch
 from kdlib.study.training.experiment import Experiment
@@ -107,7 +108,7 @@ def test_a_step_takes_the_mean_of_its_groups() -> None:
         alone, batch = copy.deepcopy(ours), in_double(views, 0, number)
         seed_torch(0, "step", number)
         output = alone.student(batch.images, alone.method.asks_student)
-        terms = alone.method(output, teacher(batch.images), batch, alone.hard, torch.tensor(0.1))
+        terms = alone.method(output, teacher(batch.images), batch, HARD["ce"], torch.tensor(0.1))
         loss = torch.stack(list(terms.values())).sum()
         loss.backward()
         losses.append(loss.item())

@@ -64,7 +64,7 @@ def test_every_step_is_a_place_to_stop_at(tmp_path: Path, monkeypatch: pytest.Mo
     undisturbed = trained(setting(), methods, tmp_path / "undisturbed")
     advanced: list[str] = []
     advance = Learner.advance
-    monkeypatch.setattr(Learner, "advance", lambda self: (advanced.append(self.name), advance(self)))
+    monkeypatch.setattr(Learner, "advance", lambda self: (advanced.append(self.job.name), advance(self)))
     monkeypatch.setattr("kdlib.engine.loop.asked_to_stop", lambda: bool(advanced))
     for step in range(1, 13):
         advanced.clear()
@@ -102,7 +102,7 @@ def test_training_saves_at_the_end_of_the_step_and_goes_on_alike(tmp_path: Path,
     advance = Learner.advance
 
     def signal_at_seven(self: Learner) -> None:
-        if self.step == 6 and self.name == "kd":
+        if self.step == 6 and self.job.name == "kd":
             os.kill(os.getpid(), number)
         advance(self)
 

@@ -41,6 +41,10 @@ class Backend:
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
+    def forked(self) -> AbstractContextManager[None]:
+        """Within, draws of torch's global generators leave no trace."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
     def record(self) -> dict[str, Any]:
         """For environment.json."""
         return {"bf16": self.bf16, "compiled": self.compiled, "resident": self.resident, "ahead": self.ahead}

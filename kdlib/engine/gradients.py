@@ -90,7 +90,7 @@ class Gradients:
         """Passes within leave buffers as they are, and add nothing to gradients; those that were not there are zero then."""
         kept = [(buffer, buffer.clone()) for *_, buffer in self._buffers()]
         gradients = [(weights, None if weights.grad is None else weights.grad.clone()) for weights in self._eager.parameters()]
-        with torch.random.fork_rng([self._backend.device]):
+        with self._backend.forked():
             yield
         for buffer, before in kept:
             buffer.copy_(before)

@@ -32,7 +32,7 @@ class StepCost:
 
 def try_step(name: str, make: Factory, batch: Batch, teacher: Output | None, backend: Backend, groups: int) -> StepCost:
     """Try one step of a run. ``groups``: those of a batch that a process takes. Random draws leave no trace."""
-    with torch.random.fork_rng([backend.device] if backend.device.type == "cuda" else []):
+    with backend.forked():
         return StepCost(_step_bytes(make, batch, teacher, backend, groups), _fastest_kind(name, make, batch, teacher, backend, groups))
 
 

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from kdlib.config.schema import Launch, Params
+from kdlib.config.schema import Launch
 from kdlib.errors import Refused, refuse, refuse_full_disk
 from kdlib.parallel.signals import Stopped, asked_to_stop, held_back, stop_children, to_log
 
@@ -34,12 +34,9 @@ class RankFailed(RuntimeError):
     """One of the processes that trained together has died; the others were ended."""
 
 
-def placed(study: Params) -> Params:
-    """The study on the machines that a cluster has chosen, where one has: the rendezvous is at the first of them."""
-    if RENDEZVOUS not in os.environ:
-        return study
-    launch = study.study.launch.model_copy(update={"rendezvous": os.environ[RENDEZVOUS]})
-    return study.model_copy(update={"study": study.study.model_copy(update={"launch": launch})})
+def on_cluster(launch: Launch) -> Launch:
+    """The launch on the machines that a cluster has chosen, where one has: the rendezvous is at the first of them."""
+    return launch.model_copy(update={"rendezvous": os.environ[RENDEZVOUS]}) if RENDEZVOUS in os.environ else launch
 
 
 def run_distributed(launch: Launch, work: Callable[[], Result], raises: type[Exception]) -> Result:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from kdlib.config.schema import Launch
-from kdlib.parallel.launch import run_distributed
+from kdlib.parallel.launch import on_cluster, run_distributed
 from kdlib.parallel.workers import side_by_side
 
 Item = TypeVar("Item")
@@ -26,12 +26,13 @@ class Placement:
 
     @staticmethod
     def on(device: torch.device, launch: Launch, raises: type[Exception]) -> "Placement":
+        """For the device and the machines at hand."""
         alone = device.type == "cpu" and launch.processes * launch.nodes == 1
-        return Placement(torch.get_num_threads() if alone else 1, launch, raises)
+        return Placement(torch.get_num_threads() if alone else 1, on_cluster(launch), raises)
 
     def groups(self, variants: Sequence[Item], seeds: Sequence[int]) -> list[tuple[Sequence[Item], int]]:
-        """What trains together, with its seed: all variants; of the seeds that are left over for the last round, shares that keep the cores
-        busy. A share costs a teacher's pass of its own.
+        """The variants that train together, with their seed: all of them; for the seeds that are left over for the last round, shares that
+        keep the cores busy. A share costs a teacher's pass of its own.
         """
         whole = len(seeds) // self.cores * self.cores
         left = len(seeds) - whole
@@ -40,21 +41,21 @@ class Placement:
         return [(variants, seed) for seed in seeds[:whole]] + [(share, seed) for seed in seeds[whole:] for share in shares]
 
     def threads(self, variants: int, seeds: int) -> int:
-        """Torch's, of one process. Numbers depend on them."""
+        """Torch's threads of one process. Numbers depend on them."""
         return self.cores // max(1, min(self.cores, len(self.groups(range(variants), range(seeds)))))
 
     def run(self, work: Callable[[Group], Result], groups: Sequence[Group]) -> list[Result]:
-        """``work`` of every group, in their order. It must be picklable, and so must the groups."""
+        """Return ``work`` of every group, in their order. It must be picklable, and so must the groups."""
         if self.cores > 1:
             return side_by_side(work, groups, self.cores)
-        return self.run_together(functools.partial(_in_turn, work, groups))
+        return self.run_together(functools.partial(_one_by_one, work, groups))
 
     def run_together(self, work: Callable[[], Result]) -> Result:
-        """``work`` here, or in all processes that params.yaml wants to train together."""
+        """Return ``work()``, done here or in all processes that params.yaml wants to train together."""
         if self.launch.processes * self.launch.nodes == 1:
             return work()
         return run_distributed(self.launch, work, self.raises)
 
 
-def _in_turn(work: Callable[[Group], Result], groups: Sequence[Group]) -> list[Result]:
+def _one_by_one(work: Callable[[Group], Result], groups: Sequence[Group]) -> list[Result]:
     return [work(group) for group in groups]

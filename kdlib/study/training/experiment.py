@@ -23,15 +23,13 @@ from kdlib.engine.setting import Setting
 from kdlib.engine.teacher import Teacher
 from kdlib.engine.train import train
 from kdlib.errors import known, refuse, refuse_full_disk
-from kdlib.files import read_json, sha256, write_json
+from kdlib.files import read_json, write_json
 from kdlib.losses import METHODS, looks_at
 from kdlib.models.build import Classifier, build
 from kdlib.models.checkpoints import load_checkpoint
-from kdlib.parallel.launch import placed
 from kdlib.parallel.placement import Placement
 from kdlib.parallel.ranks import from_rank_zero, rank, say, wait_for_all
 from kdlib.study.training import checks, identity
-from kdlib.study.training.code_hash import fingerprint
 from kdlib.study.training.planned import DATA, TEACHERS, TUNED, Variant, methods_of, run_folder, trials_of
 from kdlib.study.training.store import ANSWERS, Store, beside_dvc_cache
 
@@ -60,13 +58,13 @@ class Experiment:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or config.find_root()
-        self.params: Params = placed(config.load(self.root))
+        self.params: Params = config.load(self.root)
         self.store = Store(beside_dvc_cache(self.root))
         self.answers = beside_dvc_cache(self.root, ANSWERS)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.schedule = Placement.on(self.device, self.params.study.launch, Diverged)
         checks.check_without_data(self.params)
-        checks.check_machines(self.params.study.launch)
+        checks.check_machines(self.schedule.launch)
         checks.check_shares(self.params)
 
     def prepare_data(self, name: str) -> DataSet:
@@ -107,9 +105,7 @@ class Experiment:
         teacher, path = self.params.teachers[name], self.root / TEACHERS / name / "weights.safetensors"
         if not path.is_file():
             raise refuse(f"teachers.{name}", "no weights", "a teacher that the teacher stage has made", f"run `dvc repro teacher@{name}`")
-        return Teacher(self._trained(teacher.model, teacher.data, teacher.size, path)), fingerprint(
-            teacher.model, teacher.size, sha256(path)
-        )
+        return Teacher(self._trained(teacher.model, teacher.data, teacher.size, path)), identity.of_teacher(teacher, path)
 
     @refuse_full_disk()
     def distill(self, name: str) -> list[Path]:
@@ -251,7 +247,7 @@ class Experiment:
         path, size = self.root / str(teacher.checkpoint), teacher.size or data.size
         shape = (data.classes, data.channels, size)
         classifier = load_checkpoint(f"teachers.{name}.checkpoint", path, teacher.model, shape).to(self.device)
-        folder = self.store.run(fingerprint("checkpoint", sha256(path), teacher.model, size, data.fingerprint))
+        folder = self.store.run(identity.of_checkpoint(path, teacher.model, size, data))
         try:
             write_measured(folder, classifier, data, self.device)
         except FloatingPointError as error:

@@ -1,15 +1,18 @@
 """What a run and a teacher's outputs are known by: a hash of everything that can change a number of theirs."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
-from kdlib.config.schema import Recipe
+from kdlib.config.schema import Recipe, TeacherParams
+from kdlib.data.dataset import DataSet
 from kdlib.engine.setting import Setting
 from kdlib.engine.teacher_cache import TeacherCache
 from kdlib.engine.train import train
+from kdlib.files import sha256
 from kdlib.losses import METHODS
 from kdlib.study.training.code_hash import code_fingerprint, fingerprint
 from kdlib.study.training.planned import Variant
@@ -48,6 +51,16 @@ def of_answers(setting: Setting, teacher: str) -> str:
     exact = (torch.__version__, timm.__version__, torch.get_num_threads(), device)
     code = code_fingerprint([ViewStream.__module__, TeacherCache.__module__], UNCOUNTED)
     return fingerprint(_views(setting) | {"teacher": teacher, "recipe": of_views(setting.recipe)}, exact, code)
+
+
+def of_teacher(teacher: TeacherParams, weights: Path) -> str:
+    """Fingerprint of what tells a teacher's outputs from another's: its model and its weights."""
+    return fingerprint(teacher.model, teacher.size, sha256(weights))
+
+
+def of_checkpoint(path: Path, model: str, size: int, data: DataSet) -> str:
+    """Fingerprint of a teacher's checkpoint from elsewhere, measured on a data set."""
+    return fingerprint("checkpoint", sha256(path), model, size, data.fingerprint)
 
 
 def of_views(recipe: Recipe) -> dict[str, Any]:
