@@ -4,10 +4,10 @@
 
 The reader wants to see every file of kdlib that takes part, once each, in the order in which the program enters them. To get to the next
 one he needs the file that calls into it. If that is the one that he has just read he goes on; if not he comes back to it: a return. So a
-file that calls many others one after the other costs many returns, and a chain of calls from file to file costs none.
+function that calls into many files one after the other costs many returns, and a chain of calls from file to file costs none.
 
-A file is entered when one of its functions, or the constructor of one of its dataclasses, is called; to import it does not count. Traced is
-all from the opening of a study to its first step: two methods at one seed, of a teacher whose data and weights are there already.
+A file is entered when one of its functions is called; to import it does not count, nor does the constructor that a dataclass gets. All is
+traced from the opening of a study to its first step: plain KD at one seed, of a teacher whose data and weights are there already.
 """
 
 import inspect
@@ -27,7 +27,7 @@ from kdlib.study.training.experiment import Experiment
 PACKAGE = Experiment.__module__.partition(".")[0]
 FOLDER = Path(str(sys.modules[PACKAGE].__file__)).parent
 PARAMS = Path(__file__).parents[1] / "params.yaml"
-METHODS = ["kd", "dkd"]
+METHODS = ["kd"]
 Call = tuple[str, str, str | None]  # file, function, and the file of the package that calls it; None: whoever stands outside
 NAME = "walk"  # of everything in the study that needs a name
 
@@ -55,8 +55,8 @@ def traced() -> list[Call]:
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and (file := _file(frame)):
-            function = frame.f_code.co_qualname.removeprefix("__create_fn__.<locals>.")
-            calls.append((file, function, next((found for above, _ in walk_stack(frame.f_back) if (found := _file(above))), None)))
+            caller = next((above for frame_above, _ in walk_stack(frame.f_back) if (above := _file(frame_above))), None)
+            calls.append((file, frame.f_code.co_qualname, caller))
 
     with tempfile.TemporaryDirectory() as folder:
         write_study(Path(folder))
@@ -72,9 +72,9 @@ def traced() -> list[Call]:
 
 def _file(frame: FrameType) -> str | None:
     """The file of the package that a function is from; None for any other, and for the bodies of modules and classes."""
-    of_package = frame.f_globals.get("__name__", "").partition(".")[0] == PACKAGE  # a dataclass's constructor lies in no file of its own
-    wanted = of_package and frame.f_code.co_flags & inspect.CO_OPTIMIZED
-    return str(Path(frame.f_globals["__file__"]).relative_to(FOLDER)) if wanted else None
+    file = Path(frame.f_code.co_filename)
+    wanted = file.is_relative_to(FOLDER) and frame.f_code.co_flags & inspect.CO_OPTIMIZED
+    return str(file.relative_to(FOLDER)) if wanted else None
 
 
 def path(calls: list[Call]) -> list[str]:
