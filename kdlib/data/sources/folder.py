@@ -24,11 +24,9 @@ def contents(name: str, params: Folder) -> Content:
     names, files, labels = list_images(key, resolve_path(key, params.path))
     shares = (params.val_fraction, params.test_fraction)
     index = dict(zip(SPLITS, stratified_split(labels, shares, params.seed, key, names), strict=True))
-
-    def blocks(split: str) -> Iterator[Images]:
-        return decode_squares(key, [files[i] for i in index[split]], params.size)
-
-    return Content(names, params.size, 3, {split: labels[index[split]] for split in SPLITS}, blocks)
+    chosen = {split: [files[i] for i in index[split]] for split in SPLITS}
+    split_labels = {split: labels[index[split]] for split in SPLITS}
+    return Content(names, params.size, 3, split_labels, lambda split: decode_squares(key, chosen[split], params.size))
 
 
 def list_images(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
