@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kdlib.losses.base import Method, count, positive, share
-from kdlib.losses.stages import embeddings_needed
 from kdlib.parallel.ranks import gather_ranks
 from kdlib.types import Batch, Feature, Output, Setup, Terms
 
@@ -55,10 +54,7 @@ def log_mean_exp(
 
 
 def nce(
-    positives: Float[Tensor, " batch"],
-    negatives: Float[Tensor, "batch size"],
-    noise: Float[Tensor, " batch"],
-    log_mean: Float[Tensor, ""],
+    positives: Float[Tensor, " batch"], negatives: Float[Tensor, "batch size"], noise: Float[Tensor, " batch"], log_mean: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
     """-log h(positive) - sum over the anchor's m = ``noise`` negatives of log(1 - h(negative)), batch mean, in nats.
 
@@ -134,7 +130,7 @@ class CRD(Method):
         self.momentum = share("momentum", momentum)
 
     def adapt(self, setup: Setup) -> None:
-        embeddings_needed(setup)
+        super().adapt(setup)
         self.student = nn.Linear(setup.student.embedding, self.dim)
         self.teacher = nn.Linear(setup.teacher.embedding, self.dim)
         self.register_buffer("labels", setup.labels.clone())
@@ -160,10 +156,7 @@ class CRD(Method):
             self.log_means = torch.where(self.log_means.isnan(), estimates, self.log_means)
             self.step = self.step + 1
             self._remember(s, t, batch)
-        return {
-            "crd_student": nce(*of_student, noise, self.log_means[0]),
-            "crd_teacher": nce(*of_teacher, noise, self.log_means[1]),
-        }
+        return {"crd_student": nce(*of_student, noise, self.log_means[0]), "crd_teacher": nce(*of_teacher, noise, self.log_means[1])}
 
     def _remember(self, s: Float[Tensor, "batch dim"], t: Float[Tensor, "batch dim"], batch: Batch) -> None:
         index, mixed = gather_ranks(torch.stack([batch.index, batch.mixed.long()], dim=1)).unbind(dim=1)

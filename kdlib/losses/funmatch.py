@@ -12,8 +12,7 @@ from kdlib.types import Batch, Output, Terms
 class FunMatch(Method):
     """``weight * kd`` and no hard label, whatever the recipe's hard loss is: the teacher is the function to match.
 
-    T^2 KL(softmax(z_t / T) || softmax(z_s / T)), batch mean, in nats; see ``kd``. Source: arXiv 2106.05237; the factor T^2 is from the
-    authors' code.
+    Source: arXiv 2106.05237; the factor T^2 of ``kd`` is from the authors' code.
     """
 
     equation = r"T^2\, \mathrm{KL}\left(\sigma(z_t / T) \,\|\, \sigma(z_s / T)\right)\quad\text{and no hard label}"
