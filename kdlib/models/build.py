@@ -51,8 +51,7 @@ def build(name: str, classes: int, channels: int, size: int, drop_path: float = 
     if not timm.is_model(name):
         raise ValueError(f"found {name!r}; allowed: a timm model or one of {some(NAMES)}; {_closest(name)}")
     options: dict[str, Any] = {"num_classes": classes, "in_chans": channels}
-    if drop_path:
-        options["drop_path_rate"] = drop_path  # not every family knows it
+    options |= {"drop_path_rate": drop_path} if drop_path else {}  # not every family knows it
     net = _create(name, options)
     cfg: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
     least = (cfg.get("min_input_size") or (0,))[-1]

@@ -107,16 +107,13 @@ def _stage(channels: int, out: int, stride: int, drop_paths: list[float]) -> nn.
 
 CFG = {
     "url": "",
-    "num_classes": 1000,
     "input_size": (3, 32, 32),
-    "pool_size": None,
+    "min_input_size": (3, 8, 8),
     "crop_pct": 1.0,
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
     "first_conv": "stem.0",
     "classifier": "fc",
-    "fixed_input_size": False,
-    "min_input_size": (3, 8, 8),
 }
 DEPTHS, WIDTHS, STRIDES = range(8, 111, 6), (8, 16, 32), (1, 2)
 SHAPES = {f"kd_resnet{depth}_w{width}_s{stride}": (depth, width, stride) for depth, width, stride in product(DEPTHS, WIDTHS, STRIDES)}

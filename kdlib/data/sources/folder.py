@@ -1,6 +1,5 @@
 """Any images, one folder for each class: ``<path>/<class>/<image>``, found by timm's reader, decoded once by Pillow to square RGB."""
 
-import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from kdlib.config.schema import Folder
 from kdlib.data.dataset import BLOCK, SPLITS, Content, Images
 from kdlib.data.paths import check_folder, check_layout, resolve_path
 from kdlib.data.splits import Labels, stratified_split
+from kdlib.decoding.pool import spare
 from kdlib.errors import refuse
 
 
@@ -89,7 +89,7 @@ def decode_square(key: str, file: str, size: int) -> UInt8[np.ndarray, "size siz
 
 def decode_squares(key: str, files: Sequence[str], size: int) -> Iterator[Images]:
     """Decode in blocks, in order, by as many threads as there are cores (Pillow lets go of the interpreter while it decodes)."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = 1 + spare(processes=1)
     step = max(4 * workers, BLOCK // (size * size * 3))
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(files), step):
