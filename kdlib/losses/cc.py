@@ -36,8 +36,6 @@ class CC(Method):
         super().__init__(hard_weight=hard_weight, weight=weight)
         self.scale = non_negative("scale", scale)
         self.dim = count("dim", dim)
-        self.embed_student: nn.Module = nn.Identity()
-        self.embed_teacher: nn.Module = nn.Identity()
 
     def adapt(self, setup: Setup) -> None:
         super().adapt(setup)

@@ -89,7 +89,6 @@ class ReviewKD(Method):
         super().__init__(hard_weight=hard_weight, weight=weight)
         self.warmup = share("warmup", warmup)
         self.mid = count("mid", mid)
-        self.fusions = nn.ModuleList()
 
     def adapt(self, setup: Setup) -> None:
         student, teacher = setup.student, setup.teacher
