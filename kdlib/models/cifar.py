@@ -43,7 +43,7 @@ def kd_cifar_mobilenetv2_050(pretrained: bool = False, **kwargs: Any) -> nn.Modu
     # expansion, channels before they are halved, blocks, stride of the first (Sandler et al., CVPR 2018, table 2, but for the strides)
     shapes = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
     stages = [[f"ir_r{count}_k3_s{stride}_e{grow}_c{width}"] for grow, width, count, stride in shapes]
-    made: Any = build_model_with_cfg(
+    net: nn.Module = build_model_with_cfg(
         EfficientNet,
         "kd_cifar_mobilenetv2_050",
         pretrained,
@@ -55,5 +55,4 @@ def kd_cifar_mobilenetv2_050(pretrained: bool = False, **kwargs: Any) -> nn.Modu
         act_layer=nn.ReLU,
         **kwargs,
     )
-    net: nn.Module = made
     return net

@@ -49,16 +49,12 @@ class SmallResNet(nn.Module):
         self.num_features = self.head_hidden_size = 4 * width
         self.stem = nn.Sequential(nn.Conv2d(in_chans, width, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         rates = [drop_path_rate * i / max(1, 3 * blocks - 1) for i in range(3 * blocks)]
-        stages, channels, reduction = [], width, stem_stride
-        self.feature_info: list[dict[str, Any]] = []
-        for stage in range(3):
-            out, stride = width * 2**stage, 2 if stage else 1
-            stages.append(_stage(channels, out, stride, rates[stage * blocks : (stage + 1) * blocks]))
-            channels, reduction = out, reduction * stride
-            self.feature_info.append({"num_chs": out, "reduction": reduction, "module": f"stages.{stage}"})
+        widths = (width, width, 2 * width, 4 * width)  # of the stem, then of the stages
+        stages = [_stage(widths[i], widths[i + 1], 2 if i else 1, rates[i * blocks : (i + 1) * blocks]) for i in range(3)]
         self.stages = nn.Sequential(*stages)
+        self.feature_info = [{"num_chs": widths[i + 1], "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i in range(3)]
         self.drop = nn.Dropout(drop_rate)
-        self.fc = nn.Linear(channels, num_classes)
+        self.fc = nn.Linear(self.num_features, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

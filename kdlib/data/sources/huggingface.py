@@ -51,7 +51,6 @@ def _package() -> Any:
 
 
 def _column(key: str, features: dict[str, Any], kind: type) -> str:
-    """The name of the only column of a kind."""
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(names) != 1:
         fault = f"{len(names)} columns of kind {kind.__name__} among {', '.join(features)}"
