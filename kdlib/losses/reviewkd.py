@@ -23,8 +23,8 @@ def hcl(student: Maps, teacher: Maps) -> Float[Tensor, ""]:
 
 def _hcl(student: Float[Tensor, "batch c h w"], teacher: Float[Tensor, "batch c h w"]) -> Float[Tensor, ""]:
     grids = [cells for cells in GRIDS if cells < min(student.shape[2:])]
-    averages = [(F.adaptive_avg_pool2d(student, cells), F.adaptive_avg_pool2d(teacher, cells)) for cells in grids]
-    errors = [F.mse_loss(ours, theirs) for ours, theirs in ((student, teacher), *averages)]
+    errors = [F.mse_loss(student, teacher)]
+    errors += [F.mse_loss(F.adaptive_avg_pool2d(student, cells), F.adaptive_avg_pool2d(teacher, cells)) for cells in grids]
     shares = [0.5**k for k in range(len(errors))]
     return torch.stack([part * error for part, error in zip(shares, errors, strict=True)]).sum() / sum(shares)
 

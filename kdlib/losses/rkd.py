@@ -62,9 +62,8 @@ def rkd(
     size = len(student)
     own, given = squares(student), squares(teacher)
     step = max(1, elements // size**2)
-    parts = [
-        checkpoint(_angle_gap, own, given, slice(i, i + step), use_reentrant=False, preserve_rng_state=False) for i in range(0, size, step)
-    ]
+    vertices = [slice(start, start + step) for start in range(0, size, step)]
+    parts = [checkpoint(_angle_gap, own, given, some, use_reentrant=False, preserve_rng_state=False) for some in vertices]
     return F.smooth_l1_loss(distances(own), distances(given)), torch.stack(parts).sum() / size**3
 
 
