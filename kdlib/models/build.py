@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdlib.errors import some
 from kdlib.models import NAMES, features
-from kdlib.types import Asks, Feature, Images, Output, OutputShape
+from kdlib.types import Asks, Feature, Images, Output
 
 _UNFIT = (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError)  # what models raise for a size that is not theirs
 
@@ -29,8 +29,6 @@ class Classifier(nn.Module):
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: int) -> None:
         super().__init__()
         self.net, self.size = net, size
-        self._places: features.TapPoints
-        self.shape: OutputShape
         self._places, self.shape = features.explore(net, torch.zeros(1, len(mean), size, size))
         # not persistent: the weights file stays that of the timm model
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)

@@ -15,8 +15,6 @@ from torch import nn
 
 from kdlib.models.resnet_small import CFG
 
-__all__: list[str] = []
-
 default_cfgs = generate_default_cfgs(
     {
         "kd_cifar_resnet50": {**CFG, "first_conv": "conv1", "classifier": "fc"},

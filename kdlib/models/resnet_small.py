@@ -22,8 +22,6 @@ from torch import Tensor, nn
 Pixels = Float[Tensor, "batch channels height width"]
 Maps = Float[Tensor, "batch _ _ _"]  # of any depth: channels and sizes differ from the input's
 
-__all__ = ["SmallResNet"]
-
 
 class SmallResNet(nn.Module):
     """Stem, three stages of ``blocks`` basic blocks with ``width``, 2 and 4 ``width`` channels, pooled linear head.
