@@ -116,11 +116,6 @@ class CRD(Method):
         r" h(u, v) = \frac{e^{u^\top v / T} / Z}{e^{u^\top v / T} / Z + m / N},\quad"
         r" s = \frac{W_s f_s + b_s}{\|W_s f_s + b_s\|},\quad t = \frac{W_t f_t + b_t}{\|W_t f_t + b_t\|}"
     )
-    labels: Tensor
-    student_bank: Tensor
-    teacher_bank: Tensor
-    step: Tensor
-    log_means: Tensor
 
     def __init__(self, *, hard_weight: float, weight: float, dim: float, negatives: float, temperature: float, momentum: float) -> None:
         super().__init__(hard_weight=hard_weight, weight=weight)
@@ -133,11 +128,11 @@ class CRD(Method):
         super().adapt(setup)
         self.student = nn.Linear(setup.student.embedding, self.dim)
         self.teacher = nn.Linear(setup.teacher.embedding, self.dim)
-        self.register_buffer("labels", setup.labels.clone())
-        self.register_buffer("student_bank", F.normalize(torch.randn(len(setup.labels), self.dim)))
-        self.register_buffer("teacher_bank", F.normalize(torch.randn(len(setup.labels), self.dim)))
-        self.register_buffer("step", torch.randint(2**31, ()))  # counts from a random number: another seed draws other negatives
-        self.register_buffer("log_means", torch.full((2,), math.nan))  # log(Z / N) of both directions; not a number before the first batch
+        self.labels: Tensor = nn.Buffer(setup.labels.clone())
+        self.student_bank: Tensor = nn.Buffer(F.normalize(torch.randn(len(setup.labels), self.dim)))
+        self.teacher_bank: Tensor = nn.Buffer(F.normalize(torch.randn(len(setup.labels), self.dim)))
+        self.step: Tensor = nn.Buffer(torch.randint(2**31, ()))  # counts from a random number: another seed draws other negatives
+        self.log_means: Tensor = nn.Buffer(torch.full((2,), math.nan))  # log(Z / N) of both directions; nan before the first batch
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         inside = (batch.index >= 0) & (batch.index < len(self.labels))
