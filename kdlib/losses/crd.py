@@ -11,6 +11,7 @@ from kdlib.losses.base import Method, count, positive, share
 from kdlib.parallel.ranks import gather_ranks
 from kdlib.types import Batch, Feature, Output, Setup, Terms
 
+Vectors = Float[Tensor, "batch dim"]
 # splitmix64's increment and multipliers (Steele, Lea, Flood, OOPSLA 2014) as int64, whose products wrap around like those of uint64
 INCREMENT, FIRST, SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -33,11 +34,7 @@ def _shift(values: Int[Tensor, " size"], bits: int) -> Int[Tensor, " size"]:
 
 
 def similarities(
-    anchors: Float[Tensor, "batch dim"],
-    partners: Float[Tensor, "batch dim"],
-    pool: Float[Tensor, "size dim"],
-    skipped: Bool[Tensor, "batch size"],
-    temperature: float,
+    anchors: Vectors, partners: Vectors, pool: Float[Tensor, "size dim"], skipped: Bool[Tensor, "batch size"], temperature: float
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch size"]]:
     """a . b / T of each anchor with its partner and with the whole pool, -inf where skipped; all vectors have length 1."""
     anchors = anchors / temperature
@@ -67,13 +64,7 @@ def nce(
     return torch.where(noise > 0, missed + mistaken, 0.0).mean()
 
 
-def remembered(
-    rows: Float[Tensor, "batch dim"],
-    seen: Float[Tensor, "batch dim"],
-    index: Int[Tensor, " batch"],
-    mixed: Bool[Tensor, " batch"],
-    momentum: float,
-) -> Float[Tensor, "batch dim"]:
+def remembered(rows: Vectors, seen: Vectors, index: Int[Tensor, " batch"], mixed: Bool[Tensor, " batch"], momentum: float) -> Vectors:
     """New rows of a bank for the images ``index``: momentum * row + (1 - momentum) * what was ``seen`` of that image, at length 1.
 
     Of an image that the batch has more than once (repeated augmentation) the mean is seen. What is seen of a mixed image counts for nobody:
@@ -153,7 +144,7 @@ class CRD(Method):
             self._remember(s, t, batch)
         return {"crd_student": nce(*of_student, noise, self.log_means[0]), "crd_teacher": nce(*of_teacher, noise, self.log_means[1])}
 
-    def _remember(self, s: Float[Tensor, "batch dim"], t: Float[Tensor, "batch dim"], batch: Batch) -> None:
+    def _remember(self, s: Vectors, t: Vectors, batch: Batch) -> None:
         index, mixed = gather_ranks(torch.stack([batch.index, batch.mixed.long()], dim=1)).unbind(dim=1)
         for bank, seen in ((self.student_bank, s), (self.teacher_bank, t)):
             bank[index] = remembered(bank[index], gather_ranks(seen), index, mixed.bool(), self.momentum)

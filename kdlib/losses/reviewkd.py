@@ -92,10 +92,9 @@ class ReviewKD(Method):
 
     def adapt(self, setup: Setup) -> None:
         student, teacher = setup.student, setup.teacher
-        stages = facing(student, teacher)
         super().adapt(setup)
         mid = min(self.mid, student.embedding)
-        widths = [(student.embedding, teacher.embedding), *((ours[0], theirs[0]) for ours, theirs in reversed(stages))]
+        widths = [(student.embedding, teacher.embedding), *((ours[0], theirs[0]) for ours, theirs in reversed(facing(student, teacher)))]
         self.fusions = nn.ModuleList(Fusion(ours, mid, theirs, deeper=i > 0) for i, (ours, theirs) in enumerate(widths))
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
