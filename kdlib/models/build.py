@@ -23,16 +23,13 @@ class Classifier(nn.Module):
     ``size``: the side in pixels that images of other sizes are resized to. ``shape``: of its answer to one image.
     """
 
-    mean: Float[Tensor, "1 channels 1 1"]
-    std: Float[Tensor, "1 channels 1 1"]
-
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: int) -> None:
         super().__init__()
         self.net, self.size = net, size
         self._places, self.shape = features.explore(net, torch.zeros(1, len(mean), size, size))
         # not persistent: the weights file stays that of the timm model
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.mean: Float[Tensor, "1 channels 1 1"] = nn.Buffer(torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.std: Float[Tensor, "1 channels 1 1"] = nn.Buffer(torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Images, asks: Asks = frozenset({Feature.LOGITS})) -> Output:
         if images.shape[-1] != self.size:
