@@ -139,8 +139,7 @@ def _inspect(file: str, first: int, length: int | None) -> Inspected:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
         decode(data, 8)
-    except UnidentifiedImageError:
-        return Inspected(len(data), 0, 0, 0, "not an image that Pillow knows")
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        return Inspected(len(data), 0, 0, 0, " ".join(str(error).split()) or type(error).__name__)
+        fault = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        return Inspected(len(data), 0, 0, 0, fault or type(error).__name__)
     return Inspected(len(data), zlib.crc32(data), height, width, "")

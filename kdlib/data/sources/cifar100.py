@@ -9,7 +9,7 @@ import numpy as np
 from torchvision.datasets import CIFAR100
 
 from kdlib.config.schema import Cifar100
-from kdlib.data.dataset import BLOCK, SPLITS, Content, Images
+from kdlib.data.dataset import BLOCK, Content, Images
 from kdlib.data.paths import resolve_path
 from kdlib.data.splits import stratified_split
 from kdlib.errors import refuse
@@ -30,8 +30,8 @@ def contents(name: str, params: Cifar100) -> Content:
         source, chosen = images[split]
         return (source[rows] for rows in np.array_split(chosen, math.ceil(len(chosen) * 32 * 32 * 3 / BLOCK)))
 
-    parts = (labels[index[0]], labels[index[1]], np.asarray(test.targets, np.int64))
-    return Content(list(train.classes), 32, 3, dict(zip(SPLITS, parts, strict=True)), blocks)
+    split_labels = {"train": labels[index[0]], "val": labels[index[1]], "test": np.asarray(test.targets, np.int64)}
+    return Content(list(train.classes), 32, 3, split_labels, blocks)
 
 
 def _read(key: str, root: Path, official_train: bool, download: bool) -> CIFAR100:
