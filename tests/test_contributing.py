@@ -44,7 +44,7 @@ def blocks() -> Iterator[Block]:
 
 
 def apply(block: Block, root: Path) -> None:
-    """Write a new file, or put the lines with a + below the line that stands above them; that line must be there once."""
+    """Write a new file, or put the lines with a + where those with a - were, or below the line above them; that must be there once."""
     path = root / block.file
     if block.language == "python":
         assert not path.exists()
@@ -59,6 +59,9 @@ def apply(block: Block, root: Path) -> None:
         elif not line.startswith("@@"):
             assert lines.count(line[1:]) == 1, f"{block.file}: {line[1:]!r}"
             place = lines.index(line[1:]) + 1
+            if line.startswith("-"):
+                place -= 1
+                del lines[place]
     path.write_text("\n".join(lines) + "\n", "utf-8")
 
 

@@ -63,11 +63,11 @@ def test_every_image_has_the_bytes_and_the_class_that_timms_reader_gives(saved: 
     for part, split in (("train", "train"), ("val", "validation")):
         reader = ReaderHfds(str(saved), split=split)
         assert len(reader) == len(parts[part])
-        for number, (file, member) in enumerate(parts[part]):
-            if member.length:  # timm would open a file of that name
+        for number, stored in enumerate(parts[part]):
+            if stored.length:  # timm would open a file of that name
                 image, label = reader[number]
-                assert Path(file).read_bytes()[member.first :][: member.length] == image.read()
-                assert names[label] == member.label
+                assert Path(stored.file).read_bytes()[stored.first :][: stored.length] == image.read()
+                assert names[label] == stored.kind
 
 
 def test_what_load_dataset_made_of_image_folders_brings_the_bytes_along(root: Path, listed: DataSet, tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_mixing_draws_have_timms_distribution() -> None:
     assert stats.kstest(shares, stats.beta(0.2, 0.2).cdf).statistic < 0.04
     assert all(mix.box for mix in (mixup.draw_mix(rng, recipe(cutmix_alpha=1.0), 16, 16) for _ in range(50)))
     assert not any(mix.box for mix in (mixup.draw_mix(rng, recipe(mixup_alpha=1.0), 16, 16) for _ in range(50)))
-    assert mixup.draw_mix(rng, recipe(), 16, 16) == mixup.UNMIXED
+    assert mixup.draw_mix(rng, recipe(), 16, 16) == mixup.Mix(1.0)
 
 
 # The stream

@@ -86,7 +86,8 @@ def write_dataset(folder: Path, name: str, params: DataSource, content: Content,
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
         try:
-            _clear(partial, old)  # left by a killed process
+            for left in (partial, old):  # by a killed process
+                shutil.rmtree(left, ignore_errors=True)
             _check_room(key, folder.parent, content, progress)
             partial.mkdir()
             _fill(partial, name, params, content, progress)
@@ -98,7 +99,8 @@ def write_dataset(folder: Path, name: str, params: DataSource, content: Content,
                 raise _no_room(key, "a full disk", content) from error
             raise
         finally:
-            _clear(partial, old)
+            for left in (partial, old):
+                shutil.rmtree(left, ignore_errors=True)
     return load_dataset(folder)
 
 
@@ -215,8 +217,3 @@ def _open(folder: Path, split: str, facts: dict[str, Any]) -> Split:
     if labels.shape != (count,) or labels.dtype != np.int64:
         raise ValueError(f"{split}_labels.npy holds {labels.dtype} {labels.shape}, data.json says {count}")
     return Split(images, labels)
-
-
-def _clear(*folders: Path) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)

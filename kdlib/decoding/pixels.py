@@ -51,8 +51,11 @@ def decode_views(units: Sequence[Unit], size: int, crop_pct: float) -> UInt8[np.
 
 def _decode_cuts(source: ByteRange, cuts: Sequence[Cut | None], size: int, crop_pct: float) -> list[Level]:
     data = read_bytes(source)
+    # the largest that leaves every view SURPLUS
+    most = min(1.0 if cut is None else min(cut.height, cut.width) / (SURPLUS * size) for cut in cuts)
+    reduction = max(power for power in (1, 2, 4, 8) if power <= max(1.0, most))
     try:
-        image, scale = decode(data, _reduction(cuts, size))
+        image, scale = decode(data, reduction)
         return [evaluation_view(image, size, crop_pct) if cut is None else resize_cut(image, cut, size, scale) for cut in cuts]
     except Exception as error:  # it could be decoded when it was listed: another Pillow, or too little memory
         raise RuntimeError(f"{source.file}: {type(error).__name__}: {' '.join(str(error).split())}") from error
@@ -85,12 +88,6 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
-
-
-def _reduction(cuts: Sequence[Cut | None], size: int) -> int:
-    """The largest of 1, 2, 4, 8 that leaves every view ``SURPLUS``."""
-    most = min(1.0 if cut is None else min(cut.height, cut.width) / (SURPLUS * size) for cut in cuts)
-    return max(power for power in (1, 2, 4, 8) if power <= max(1.0, most))
 
 
 def resize_cut(image: Image.Image, cut: Cut, size: int, scale: float = 1.0) -> Level:
@@ -142,8 +139,7 @@ def _inspect(file: str, first: int, length: int | None) -> Inspected:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
         decode(data, 8)
-    except UnidentifiedImageError:
-        return Inspected(len(data), 0, 0, 0, "not an image that Pillow knows")
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        return Inspected(len(data), 0, 0, 0, " ".join(str(error).split()) or type(error).__name__)
+        fault = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        return Inspected(len(data), 0, 0, 0, fault or type(error).__name__)
     return Inspected(len(data), zlib.crc32(data), height, width, "")

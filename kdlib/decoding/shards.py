@@ -7,25 +7,29 @@ from typing import NamedTuple
 from kdlib.decoding.pixels import Changed
 
 
-class Member(NamedTuple):
-    """An image of a shard. ``label``: the text of the sample's .cls; without one, the folder that the image lies in within the tar."""
+class StoredImage(NamedTuple):
+    """An image as its storage lists it, before anyone has looked at it."""
 
-    key: str
+    file: str
     first: int
-    length: int
-    label: str
+    length: int | None  # None: to the end of the file
+    name: str  # without its extension
+    kind: str  # its class's name or number
 
 
-def index_shard(shard: str, extensions: Collection[str]) -> list[Member]:
-    """List every image of a shard, in its order; none is read. Raises ``Changed`` unless it is a whole tar file with classes as text."""
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, str] = {}
+def index_shard(shard: str, extensions: Collection[str]) -> list[StoredImage]:
+    """List every image of a shard, in its order; none is read. Raises ``Changed`` unless it is a whole tar file with classes as text.
+
+    Its class: the text of the sample's .cls; without one, the folder that the image lies in within the tar.
+    """
+    images: dict[tuple[str, str], tuple[int, int]] = {}  # by folder and name
+    labels: dict[tuple[str, str], str] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 folder, _, name = member.name.removeprefix("./").rpartition("/")  # `tar -cf SHARD .` writes ./
                 stem, _, kind = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
+                key = folder, stem
                 if not member.isfile() or not stem:
                     continue
                 if f".{kind.lower()}" in extensions:
@@ -34,4 +38,4 @@ def index_shard(shard: str, extensions: Collection[str]) -> list[Member]:
                     labels[key] = part.read().decode().strip()
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         raise Changed(f"{shard}: {' '.join(str(error).split())}") from error
-    return [Member(key, first, length, labels.get(key) or key.rpartition("/")[0]) for key, (first, length) in images.items()]
+    return [StoredImage(shard, *where, name, labels.get((folder, name)) or folder) for (folder, name), where in images.items()]

@@ -69,8 +69,12 @@ class Method(nn.Module):
     def adapt(self, setup: Setup) -> None:
         """Make what is sized by the two models or by the training images, whose labels are given; once, before training.
 
-        Raises ValueError, as "found ...; allowed: ...; what to do", for models that the method cannot learn from.
+        Raises ValueError, as "found ...; allowed: ...; what to do", for models that the method cannot learn from: here for one that has
+        no pooled embedding and is asked for it.
         """
+        for who, shape, asks in (("student", setup.student, self.asks_student), ("teacher", setup.teacher, self.asks_teacher)):
+            if Feature.EMBEDDING in asks and not shape.embedding:
+                raise ValueError(f"found a {who} without pooled embedding; allowed: a model that has one; choose another model or method")
 
     @property
     def nbytes(self) -> int:

@@ -4,7 +4,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kdlib.losses.base import Method, count, non_negative
-from kdlib.losses.stages import embeddings_needed
 from kdlib.types import Batch, Feature, Output, Setup, Terms
 
 
@@ -23,8 +22,7 @@ class CC(Method):
     """``hard_weight * hard + weight * scale * cc`` on linear embeddings, of ``dim`` numbers, of both pooled embeddings.
 
     Both linear maps are trained, the teacher's too, as in the official repository: the loss can fall without the student learning anything,
-    by embedding everything at one point. A per-device loss: neighbours are those of the batch, in its order. Not the loss of the paper by
-    Peng et al. (ICCV 2019) that the name comes from: that compares kernel matrices of the batch.
+    by embedding everything at one point. A per-device loss: neighbours are those of the batch, in its order.
     """
 
     asks_student = asks_teacher = frozenset({Feature.EMBEDDING})
@@ -38,11 +36,9 @@ class CC(Method):
         super().__init__(hard_weight=hard_weight, weight=weight)
         self.scale = non_negative("scale", scale)
         self.dim = count("dim", dim)
-        self.embed_student: nn.Module = nn.Identity()
-        self.embed_teacher: nn.Module = nn.Identity()
 
     def adapt(self, setup: Setup) -> None:
-        embeddings_needed(setup)
+        super().adapt(setup)
         self.embed_student = nn.Linear(setup.student.embedding, self.dim)
         self.embed_teacher = nn.Linear(setup.teacher.embedding, self.dim)
 

@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kdlib.losses.base import Method, count, positive, share
-from kdlib.losses.stages import embeddings_needed
 from kdlib.parallel.ranks import gather_ranks
 from kdlib.types import Batch, Feature, Output, Setup, Terms
 
+Vectors = Float[Tensor, "batch dim"]
 # splitmix64's increment and multipliers (Steele, Lea, Flood, OOPSLA 2014) as int64, whose products wrap around like those of uint64
 INCREMENT, FIRST, SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -34,11 +34,7 @@ def _shift(values: Int[Tensor, " size"], bits: int) -> Int[Tensor, " size"]:
 
 
 def similarities(
-    anchors: Float[Tensor, "batch dim"],
-    partners: Float[Tensor, "batch dim"],
-    pool: Float[Tensor, "size dim"],
-    skipped: Bool[Tensor, "batch size"],
-    temperature: float,
+    anchors: Vectors, partners: Vectors, pool: Float[Tensor, "size dim"], skipped: Bool[Tensor, "batch size"], temperature: float
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch size"]]:
     """a . b / T of each anchor with its partner and with the whole pool, -inf where skipped; all vectors have length 1."""
     anchors = anchors / temperature
@@ -55,10 +51,7 @@ def log_mean_exp(
 
 
 def nce(
-    positives: Float[Tensor, " batch"],
-    negatives: Float[Tensor, "batch size"],
-    noise: Float[Tensor, " batch"],
-    log_mean: Float[Tensor, ""],
+    positives: Float[Tensor, " batch"], negatives: Float[Tensor, "batch size"], noise: Float[Tensor, " batch"], log_mean: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
     """-log h(positive) - sum over the anchor's m = ``noise`` negatives of log(1 - h(negative)), batch mean, in nats.
 
@@ -71,13 +64,7 @@ def nce(
     return torch.where(noise > 0, missed + mistaken, 0.0).mean()
 
 
-def remembered(
-    rows: Float[Tensor, "batch dim"],
-    seen: Float[Tensor, "batch dim"],
-    index: Int[Tensor, " batch"],
-    mixed: Bool[Tensor, " batch"],
-    momentum: float,
-) -> Float[Tensor, "batch dim"]:
+def remembered(rows: Vectors, seen: Vectors, index: Int[Tensor, " batch"], mixed: Bool[Tensor, " batch"], momentum: float) -> Vectors:
     """New rows of a bank for the images ``index``: momentum * row + (1 - momentum) * what was ``seen`` of that image, at length 1.
 
     Of an image that the batch has more than once (repeated augmentation) the mean is seen. What is seen of a mixed image counts for nobody:
@@ -120,11 +107,6 @@ class CRD(Method):
         r" h(u, v) = \frac{e^{u^\top v / T} / Z}{e^{u^\top v / T} / Z + m / N},\quad"
         r" s = \frac{W_s f_s + b_s}{\|W_s f_s + b_s\|},\quad t = \frac{W_t f_t + b_t}{\|W_t f_t + b_t\|}"
     )
-    labels: Tensor
-    student_bank: Tensor
-    teacher_bank: Tensor
-    step: Tensor
-    log_means: Tensor
 
     def __init__(self, *, hard_weight: float, weight: float, dim: float, negatives: float, temperature: float, momentum: float) -> None:
         super().__init__(hard_weight=hard_weight, weight=weight)
@@ -134,14 +116,14 @@ class CRD(Method):
         self.momentum = share("momentum", momentum)
 
     def adapt(self, setup: Setup) -> None:
-        embeddings_needed(setup)
+        super().adapt(setup)
         self.student = nn.Linear(setup.student.embedding, self.dim)
         self.teacher = nn.Linear(setup.teacher.embedding, self.dim)
-        self.register_buffer("labels", setup.labels.clone())
-        self.register_buffer("student_bank", F.normalize(torch.randn(len(setup.labels), self.dim)))
-        self.register_buffer("teacher_bank", F.normalize(torch.randn(len(setup.labels), self.dim)))
-        self.register_buffer("step", torch.randint(2**31, ()))  # counts from a random number: another seed draws other negatives
-        self.register_buffer("log_means", torch.full((2,), math.nan))  # log(Z / N) of both directions; not a number before the first batch
+        self.labels: Tensor = nn.Buffer(setup.labels.clone())
+        self.student_bank: Tensor = nn.Buffer(F.normalize(torch.randn(len(setup.labels), self.dim)))
+        self.teacher_bank: Tensor = nn.Buffer(F.normalize(torch.randn(len(setup.labels), self.dim)))
+        self.step: Tensor = nn.Buffer(torch.randint(2**31, ()))  # counts from a random number: another seed draws other negatives
+        self.log_means: Tensor = nn.Buffer(torch.full((2,), math.nan))  # log(Z / N) of both directions; nan before the first batch
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         inside = (batch.index >= 0) & (batch.index < len(self.labels))
@@ -160,12 +142,9 @@ class CRD(Method):
             self.log_means = torch.where(self.log_means.isnan(), estimates, self.log_means)
             self.step = self.step + 1
             self._remember(s, t, batch)
-        return {
-            "crd_student": nce(*of_student, noise, self.log_means[0]),
-            "crd_teacher": nce(*of_teacher, noise, self.log_means[1]),
-        }
+        return {"crd_student": nce(*of_student, noise, self.log_means[0]), "crd_teacher": nce(*of_teacher, noise, self.log_means[1])}
 
-    def _remember(self, s: Float[Tensor, "batch dim"], t: Float[Tensor, "batch dim"], batch: Batch) -> None:
+    def _remember(self, s: Vectors, t: Vectors, batch: Batch) -> None:
         index, mixed = gather_ranks(torch.stack([batch.index, batch.mixed.long()], dim=1)).unbind(dim=1)
         for bank, seen in ((self.student_bank, s), (self.teacher_bank, t)):
             bank[index] = remembered(bank[index], gather_ranks(seen), index, mixed.bool(), self.momentum)

@@ -30,7 +30,6 @@ class FitNet(Method):
     def __init__(self, *, hard_weight: float, weight: float, stage: float) -> None:
         super().__init__(hard_weight=hard_weight, weight=weight)
         self.stage = count("stage", stage)
-        self.regressor: nn.Module = nn.Identity()
 
     def adapt(self, setup: Setup) -> None:
         (narrow, *_), (wide, *_) = facing(setup.student, setup.teacher, least=self.stage)[-self.stage]

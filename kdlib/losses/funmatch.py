@@ -4,23 +4,17 @@ arXiv 2106.05237. Most of what the paper adds to KD is no loss: teacher and stud
 every method sees the teacher's view; mixing and epochs belong to the recipe in params.yaml.
 """
 
-from kdlib.losses.base import Method, positive
-from kdlib.losses.kd import kd
-from kdlib.types import Batch, Output, Terms
+from kdlib.losses.base import positive
+from kdlib.losses.kd import KD
 
 
-class FunMatch(Method):
+class FunMatch(KD):
     """``weight * kd`` and no hard label, whatever the recipe's hard loss is: the teacher is the function to match.
 
-    T^2 KL(softmax(z_t / T) || softmax(z_s / T)), batch mean, in nats; see ``kd``. Source: arXiv 2106.05237; the factor T^2 is from the
-    authors' code.
+    Source: arXiv 2106.05237; the factor T^2 of ``kd`` is from the authors' code.
     """
 
     equation = r"T^2\, \mathrm{KL}\left(\sigma(z_t / T) \,\|\, \sigma(z_s / T)\right)\quad\text{and no hard label}"
 
     def __init__(self, *, weight: float, temperature: float) -> None:
-        super().__init__(hard_weight=0.0, weight=positive("weight", weight))
-        self.temperature = positive("temperature", temperature)
-
-    def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
-        return {"kd": kd(student.logits, teacher.logits, self.temperature)}
+        super().__init__(hard_weight=0.0, weight=positive("weight", weight), temperature=temperature)

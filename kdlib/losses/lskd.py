@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kdlib.losses.base import Method, positive
-from kdlib.losses.kd import kd
+from kdlib.losses.kd import KD, kd
 from kdlib.types import Batch, Logits, Output, Setup, Terms
 
 STILL = 1e-3  # logits of an image with a smaller standard deviation count as constant; an untrained network's are about .1 to 1
@@ -41,17 +40,13 @@ def _classes_needed(classes: int) -> None:
         raise ValueError(f"found {classes} classes; allowed: 3 or more (two standardised logits are 1 and -1, always); use kd")
 
 
-class LSKD(Method):
+class LSKD(KD):
     """``hard_weight * hard + weight * lskd``. The hard loss reads the logits as they are."""
 
     equation = (
         r"T^2\, \mathrm{KL}\left(\sigma(\bar z_t / T) \,\|\, \sigma(\bar z_s / T)\right),\quad"
         r" \bar z = \frac{z - \mathrm{mean}_c(z)}{\mathrm{std}_c(z)}"
     )
-
-    def __init__(self, *, hard_weight: float, weight: float, temperature: float) -> None:
-        super().__init__(hard_weight=hard_weight, weight=weight)
-        self.temperature = positive("temperature", temperature)
 
     def adapt(self, setup: Setup) -> None:
         _classes_needed(setup.student.classes)

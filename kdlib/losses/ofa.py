@@ -77,7 +77,6 @@ class OFA(Method):
         super().__init__(hard_weight=hard_weight, weight=weight)
         self.eps = positive("eps", eps)
         self.temperature = positive("temperature", temperature)
-        self.branches = nn.ModuleList()
 
     def adapt(self, setup: Setup) -> None:
         student = setup.student

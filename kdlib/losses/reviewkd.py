@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kdlib.losses.base import Method, count, share
-from kdlib.losses.stages import embeddings_needed, facing, pairs
+from kdlib.losses.stages import facing, pairs
 from kdlib.types import Batch, Feature, Maps, Output, Setup, Terms
 
 GRIDS = (4, 2, 1)  # cells per side at which HCL compares maps again
@@ -22,12 +22,9 @@ def hcl(student: Maps, teacher: Maps) -> Float[Tensor, ""]:
 
 
 def _hcl(student: Float[Tensor, "batch c h w"], teacher: Float[Tensor, "batch c h w"]) -> Float[Tensor, ""]:
+    grids = [cells for cells in GRIDS if cells < min(student.shape[2:])]
     errors = [F.mse_loss(student, teacher)]
-    errors += [
-        F.mse_loss(F.adaptive_avg_pool2d(student, cells), F.adaptive_avg_pool2d(teacher, cells))
-        for cells in GRIDS
-        if cells < min(student.shape[2:])
-    ]
+    errors += [F.mse_loss(F.adaptive_avg_pool2d(student, cells), F.adaptive_avg_pool2d(teacher, cells)) for cells in grids]
     shares = [0.5**k for k in range(len(errors))]
     return torch.stack([part * error for part, error in zip(shares, errors, strict=True)]).sum() / sum(shares)
 
@@ -92,28 +89,21 @@ class ReviewKD(Method):
         super().__init__(hard_weight=hard_weight, weight=weight)
         self.warmup = share("warmup", warmup)
         self.mid = count("mid", mid)
-        self.fusions = nn.ModuleList()
 
     def adapt(self, setup: Setup) -> None:
         student, teacher = setup.student, setup.teacher
-        stages = facing(student, teacher)
-        embeddings_needed(setup)
+        super().adapt(setup)
         mid = min(self.mid, student.embedding)
-        widths = [(student.embedding, teacher.embedding), *((ours[0], theirs[0]) for ours, theirs in reversed(stages))]
+        widths = [(student.embedding, teacher.embedding), *((ours[0], theirs[0]) for ours, theirs in reversed(facing(student, teacher)))]
         self.fusions = nn.ModuleList(Fusion(ours, mid, theirs, deeper=i > 0) for i, (ours, theirs) in enumerate(widths))
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
+        pooled_s, pooled_t = (model.need(Feature.EMBEDDING)[:, :, None, None] for model in (student, teacher))  # as 1x1 maps
+        stages = pairs(student.need(Feature.PREACTIVATIONS), teacher.need(Feature.PREACTIVATIONS))
+        levels = [(pooled_s, pooled_t), *reversed(stages)]
         fused: Tensor | None = None
         results: list[Tensor] = []
-        levels = _levels(student, teacher)
         for fusion, (ours, theirs) in zip(self.fusions, levels, strict=True):
             result, fused = fusion(ours, fused, theirs.shape[2:])
             results.append(result)
         return {"hcl": hcl(tuple(results), tuple(theirs for _, theirs in levels))}
-
-
-def _levels(student: Output, teacher: Output) -> list[tuple[Tensor, Tensor]]:
-    """Maps that face each other, from the pooled embeddings, as 1x1 maps, to the image."""
-    ours, theirs = (model.need(Feature.EMBEDDING)[:, :, None, None] for model in (student, teacher))
-    stages = pairs(student.need(Feature.PREACTIVATIONS), teacher.need(Feature.PREACTIVATIONS))
-    return [(ours, theirs), *reversed(stages)]

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kdlib.losses.base import Method, non_negative
-from kdlib.losses.stages import embeddings_needed
-from kdlib.types import Batch, Embedding, Feature, Output, Setup, Terms
+from kdlib.types import Batch, Embedding, Feature, Output, Terms
 
 Pairs = Float[Tensor, "batch batch"]
 ELEMENTS = 2**20  # angles in memory at a time. At a batch of 256 the loss and its gradient take 28 MB; all angles at once, 406 MB
@@ -63,9 +62,8 @@ def rkd(
     size = len(student)
     own, given = squares(student), squares(teacher)
     step = max(1, elements // size**2)
-    parts = [
-        checkpoint(_angle_gap, own, given, slice(i, i + step), use_reentrant=False, preserve_rng_state=False) for i in range(0, size, step)
-    ]
+    vertices = [slice(start, start + step) for start in range(0, size, step)]
+    parts = [checkpoint(_angle_gap, own, given, some, use_reentrant=False, preserve_rng_state=False) for some in vertices]
     return F.smooth_l1_loss(distances(own), distances(given)), torch.stack(parts).sum() / size**3
 
 
@@ -87,9 +85,6 @@ class RKD(Method):
         super().__init__(hard_weight=hard_weight, weight=weight)
         self.distance_weight = non_negative("distance_weight", distance_weight)
         self.angle_weight = non_negative("angle_weight", angle_weight)
-
-    def adapt(self, setup: Setup) -> None:
-        embeddings_needed(setup)
 
     def distill(self, student: Output, teacher: Output, batch: Batch) -> Terms:
         distance, angle = rkd(student.need(Feature.EMBEDDING), teacher.need(Feature.EMBEDDING))

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kdlib.types import Maps, OutputShape, Setup
+from kdlib.types import Maps, OutputShape
 
 StageShape = tuple[int, int, int]  # channels, height, width
 
@@ -36,10 +36,3 @@ def same_size(
     # a map that has this size is returned as it is
     a, b = (one if one.shape[2:] == (height, width) else F.adaptive_avg_pool2d(one, (height, width)) for one in (student, teacher))
     return a, b
-
-
-def embeddings_needed(setup: Setup) -> None:
-    """Raises ValueError for a model that gives no pooled embedding."""
-    for who, shape in (("student", setup.student), ("teacher", setup.teacher)):
-        if not shape.embedding:
-            raise ValueError(f"found a {who} without pooled embedding; allowed: a model that has one; choose another model or method")

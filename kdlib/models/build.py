@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdlib.errors import some
 from kdlib.models import NAMES, features
-from kdlib.types import Asks, Feature, Images, Output, OutputShape
+from kdlib.types import Asks, Feature, Images, Output
 
 _UNFIT = (RuntimeError, AssertionError, ValueError, TypeError, ArithmeticError)  # what models raise for a size that is not theirs
 
@@ -23,18 +23,13 @@ class Classifier(nn.Module):
     ``size``: the side in pixels that images of other sizes are resized to. ``shape``: of its answer to one image.
     """
 
-    mean: Float[Tensor, "1 channels 1 1"]
-    std: Float[Tensor, "1 channels 1 1"]
-
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], size: int) -> None:
         super().__init__()
         self.net, self.size = net, size
-        self._places: features.TapPoints
-        self.shape: OutputShape
         self._places, self.shape = features.explore(net, torch.zeros(1, len(mean), size, size))
         # not persistent: the weights file stays that of the timm model
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.mean: Float[Tensor, "1 channels 1 1"] = nn.Buffer(torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.std: Float[Tensor, "1 channels 1 1"] = nn.Buffer(torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Images, asks: Asks = frozenset({Feature.LOGITS})) -> Output:
         if images.shape[-1] != self.size:
@@ -51,8 +46,7 @@ def build(name: str, classes: int, channels: int, size: int, drop_path: float = 
     if not timm.is_model(name):
         raise ValueError(f"found {name!r}; allowed: a timm model or one of {some(NAMES)}; {_closest(name)}")
     options: dict[str, Any] = {"num_classes": classes, "in_chans": channels}
-    if drop_path:
-        options["drop_path_rate"] = drop_path  # not every family knows it
+    options |= {"drop_path_rate": drop_path} if drop_path else {}  # not every family knows it
     net = _create(name, options)
     cfg: dict[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
     least = (cfg.get("min_input_size") or (0,))[-1]

@@ -6,6 +6,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,9 @@ def read(path: Path) -> object:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            code = _code(path)
+            code: list[str] = []  # what unpickling would call beyond what is allowed
+            with suppress(Exception):  # of a file that is no such archive
+                code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
             if not code:
                 raise
             do = "torch.load(weights_only=True) does not run it: save the state_dict alone"
@@ -182,14 +185,11 @@ def convert(state: State, net: nn.Module) -> tuple[State, list[str]]:
 def differences(state: State, net: nn.Module) -> Differences:
     """What keeps ``net`` from taking these weights."""
     wanted = net.state_dict()
+    others = [name for name, value in state.items() if name in wanted and value.shape != wanted[name].shape]
     return Differences(
         missing=[name for name in wanted if name not in state],
         unexpected=[name for name in state if name not in wanted],
-        shapes=[
-            f"{name} {_shape(value)} for {_shape(wanted[name])}"
-            for name, value in state.items()
-            if name in wanted and value.shape != wanted[name].shape
-        ],
+        shapes=[f"{name} {_shape(state[name])} for {_shape(wanted[name])}" for name in others],
         of=len(wanted),
     )
 
@@ -208,16 +208,7 @@ def looks_like(state: State) -> str:
 
 def known_classes(state: State) -> int:
     """That the classifier of weights in any layout knows; 0 where there is none, as after pre-training."""
-    found = [len(value) for name, value in state.items() if _CLASSIFIER.fullmatch(name) and value.ndim > 1]
-    return found[-1] if found else 0
-
-
-def _code(path: Path) -> list[str]:
-    """What unpickling would call beyond what is allowed; nothing where the file is no such archive."""
-    try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:
-        return []
+    return next((len(value) for name, value in reversed(state.items()) if _CLASSIFIER.fullmatch(name) and value.ndim > 1), 0)
 
 
 def _shape(value: Tensor) -> str:

@@ -15,8 +15,6 @@ from torch import nn
 
 from kdlib.models.resnet_small import CFG
 
-__all__: list[str] = []
-
 default_cfgs = generate_default_cfgs(
     {
         "kd_cifar_resnet50": {**CFG, "first_conv": "conv1", "classifier": "fc"},
@@ -40,26 +38,19 @@ def kd_cifar_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 @register_model
 def kd_cifar_mobilenetv2_050(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """MobileNetV2 of half the width, its second stage without a stride and ReLU for ReLU6: 0.8 M parameters at 100 classes."""
-    stages = [f"ir_r{count}_k3_s{stride}_e{grow}_c{width}" for grow, width, count, stride in _MOBILENET]
-    made: Any = build_model_with_cfg(
+    # expansion, channels before they are halved, blocks, stride of the first (Sandler et al., CVPR 2018, table 2, but for the strides)
+    shapes = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    stages = [[f"ir_r{count}_k3_s{stride}_e{grow}_c{width}"] for grow, width, count, stride in shapes]
+    net: nn.Module = build_model_with_cfg(
         EfficientNet,
         "kd_cifar_mobilenetv2_050",
         pretrained,
-        block_args=decode_arch_def([[stage] for stage in stages]),
+        block_args=decode_arch_def(stages),
         num_features=1280,
         stem_size=32,
-        round_chs_fn=_half,
+        round_chs_fn=lambda channels: channels // 2,
         norm_layer=partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
         act_layer=nn.ReLU,
         **kwargs,
     )
-    net: nn.Module = made
     return net
-
-
-# expansion, channels before they are halved, blocks, stride of the first (Sandler et al., CVPR 2018, table 2, but for the strides)
-_MOBILENET = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-
-
-def _half(channels: int) -> int:
-    return channels // 2

@@ -22,8 +22,6 @@ from torch import Tensor, nn
 Pixels = Float[Tensor, "batch channels height width"]
 Maps = Float[Tensor, "batch _ _ _"]  # of any depth: channels and sizes differ from the input's
 
-__all__ = ["SmallResNet"]
-
 
 class SmallResNet(nn.Module):
     """Stem, three stages of ``blocks`` basic blocks with ``width``, 2 and 4 ``width`` channels, pooled linear head.
@@ -49,16 +47,12 @@ class SmallResNet(nn.Module):
         self.num_features = self.head_hidden_size = 4 * width
         self.stem = nn.Sequential(nn.Conv2d(in_chans, width, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
         rates = [drop_path_rate * i / max(1, 3 * blocks - 1) for i in range(3 * blocks)]
-        stages, channels, reduction = [], width, stem_stride
-        self.feature_info: list[dict[str, Any]] = []
-        for stage in range(3):
-            out, stride = width * 2**stage, 2 if stage else 1
-            stages.append(_stage(channels, out, stride, rates[stage * blocks : (stage + 1) * blocks]))
-            channels, reduction = out, reduction * stride
-            self.feature_info.append({"num_chs": out, "reduction": reduction, "module": f"stages.{stage}"})
+        widths = (width, width, 2 * width, 4 * width)  # of the stem, then of the stages
+        stages = [_stage(widths[i], widths[i + 1], 2 if i else 1, rates[i * blocks : (i + 1) * blocks]) for i in range(3)]
         self.stages = nn.Sequential(*stages)
+        self.feature_info = [{"num_chs": widths[i + 1], "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i in range(3)]
         self.drop = nn.Dropout(drop_rate)
-        self.fc = nn.Linear(channels, num_classes)
+        self.fc = nn.Linear(self.num_features, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -107,16 +101,13 @@ def _stage(channels: int, out: int, stride: int, drop_paths: list[float]) -> nn.
 
 CFG = {
     "url": "",
-    "num_classes": 1000,
     "input_size": (3, 32, 32),
-    "pool_size": None,
+    "min_input_size": (3, 8, 8),
     "crop_pct": 1.0,
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
     "first_conv": "stem.0",
     "classifier": "fc",
-    "fixed_input_size": False,
-    "min_input_size": (3, 8, 8),
 }
 DEPTHS, WIDTHS, STRIDES = range(8, 111, 6), (8, 16, 32), (1, 2)
 SHAPES = {f"kd_resnet{depth}_w{width}_s{stride}": (depth, width, stride) for depth, width, stride in product(DEPTHS, WIDTHS, STRIDES)}

@@ -1,7 +1,4 @@
-"""Crops and flips of a batch. The draws are made on the host, the pixels move on the images' device, as 8-bit levels.
-
-``to_device`` and ``sample`` serve the other views too.
-"""
+"""Crops and flips of a batch. The draws are made on the host, the pixels move on the images' device, as 8-bit levels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

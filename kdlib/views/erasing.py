@@ -33,8 +33,7 @@ def draw_erasures(rng: np.random.Generator, probability: float, shape: tuple[int
 
 def erase(images: Images, boxes: Int[np.ndarray, "4 batch"]) -> Images:
     """Fill the images' boxes."""
-    height, width = images.shape[2:]
     top, left, high, wide = to_device(boxes, images.device)[..., None]
-    y, x = (torch.arange(side, device=images.device) for side in (height, width))
+    y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
     inside = ((y >= top) & (y < top + high))[:, :, None] & ((x >= left) & (x < left + wide))[:, None, :]
     return images.clone().masked_fill_(inside[:, None], FILL)  # a new tensor would leave channels_last

@@ -26,16 +26,13 @@ class Mix:
     box: tuple[int, int, int, int] | None = None  # top, bottom, left, right
 
 
-UNMIXED = Mix(1.0)
-
-
 def draw_mix(rng: np.random.Generator, recipe: Recipe, height: int, width: int) -> Mix:
     """Draw the mixing of one batch; the weight is from Beta(alpha, alpha).
 
     Sources: mixup, arXiv 1710.09412, section 2; cutmix, arXiv 1905.04899, section 3.1; the switch between them: timm.
     """
     if not recipe.mixup_alpha and not recipe.cutmix_alpha:
-        return UNMIXED
+        return Mix(1.0)
     cut = rng.random() < SWITCH if recipe.mixup_alpha and recipe.cutmix_alpha else bool(recipe.cutmix_alpha)
     alpha = recipe.cutmix_alpha if cut else recipe.mixup_alpha
     share = float(rng.beta(alpha, alpha))

@@ -165,51 +165,40 @@ def sharpness(images: Levels, factor: PerImage) -> Levels:
 # Movements
 
 
-def _centres(images: Levels) -> tuple[Float[Tensor, "height 1"], Float[Tensor, " width"]]:
-    """Centres of the pixels, in pixels."""
-    _, height, width, _ = images.shape
-    y, x = (torch.arange(side, device=images.device, dtype=torch.float32) + 0.5 for side in (height, width))
-    return y[:, None], x
-
-
-def _fetch(images: Levels, y: Tensor, x: Tensor) -> Levels:
-    """Sample pixels at the points (y, x); grey where these lie outside the image."""
+def _move(images: Levels, origin: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Levels:
+    """Sample each pixel at the point ``origin(y, x)`` of its centre, in pixels; grey where that lies outside the image."""
     batch, height, width, _ = images.shape
-    y, x = y.expand(batch, height, width), x.expand(batch, height, width)
+    y, x = (torch.arange(side, device=images.device, dtype=torch.float32) + 0.5 for side in (height, width))
+    y, x = (points.expand(batch, height, width) for points in origin(y[:, None], x))
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     return torch.where(inside[..., None], sample(images, y, x), FILL)
 
 
 def rotate(images: Levels, degrees: PerImage) -> Levels:
     """Turn counter-clockwise about the centre."""
-    y, x = _centres(images)
-    dy, dx = y - images.shape[1] / 2, x - images.shape[2] / 2
+    down, right = images.shape[1] / 2, images.shape[2] / 2
     cos, sin = torch.cos(torch.deg2rad(degrees))[:, None, None], torch.sin(torch.deg2rad(degrees))[:, None, None]
-    return _fetch(images, images.shape[1] / 2 + sin * dx + cos * dy, images.shape[2] / 2 + cos * dx - sin * dy)
+    return _move(images, lambda y, x: (down + sin * (x - right) + cos * (y - down), right + cos * (x - right) - sin * (y - down)))
 
 
 def shear_x(images: Levels, factor: PerImage) -> Levels:
     """Move each row to the left by ``factor`` times its distance from the upper border."""
-    y, x = _centres(images)
-    return _fetch(images, y, x + factor[:, None, None] * y)
+    return _move(images, lambda y, x: (y, x + factor[:, None, None] * y))
 
 
 def shear_y(images: Levels, factor: PerImage) -> Levels:
     """Move each column up by ``factor`` times its distance from the left border."""
-    y, x = _centres(images)
-    return _fetch(images, y + factor[:, None, None] * x, x)
+    return _move(images, lambda y, x: (y + factor[:, None, None] * x, x))
 
 
 def translate_x(images: Levels, share: PerImage) -> Levels:
     """Move to the left by ``share`` of the width."""
-    y, x = _centres(images)
-    return _fetch(images, y, x + share[:, None, None] * images.shape[2])
+    return _move(images, lambda y, x: (y, x + share[:, None, None] * images.shape[2]))
 
 
 def translate_y(images: Levels, share: PerImage) -> Levels:
     """Move up by ``share`` of the height."""
-    y, x = _centres(images)
-    return _fetch(images, y + share[:, None, None] * images.shape[1], x)
+    return _move(images, lambda y, x: (y + share[:, None, None] * images.shape[1], x))
 
 
 # Each operation with its argument, from the share of the highest magnitude and the sign

@@ -53,26 +53,24 @@ class ViewStream:
 
     def batch(self, step: int, group: int = 0) -> Batch:
         """Make the views of one group of a step, both counted from 0: float32 in [0, 1], channels_last."""
-        recipe, images = self.recipe, self.images
+        recipe, images, device = self.recipe, self.images, self.device
         number = step * mix_groups(recipe) + group  # over all steps
         positions = self.positions(step, group)
         rng = generator(self.seed, "views", number)
         rows = np.asarray(self.index[positions], np.int64)
-        index = to_device(positions, self.device)
-        labels = to_device(np.asarray(self.labels[rows], np.int64), self.device)
+        index = to_device(positions, device)
+        labels = to_device(np.asarray(self.labels[rows], np.int64), device)
         if isinstance(images, LazyImages):
-            levels = to_device(self.prefetch.levels(step, group), self.device)
+            levels = to_device(self.prefetch.levels(step, group), device)
             if recipe.augment == "batched":  # boxes are cut out while decoding
                 crops, _ = crop.draw_cuts(rng, recipe, self.hflip, images.size, images.sides(rows))
                 levels = crop.shift_and_flip(levels, crops.shifts, crops.flips)
         elif recipe.augment == "timm":
             keys = timm_pil.view_keys(self.seed, number, len(rows))
             pixels = torch.as_tensor(images[rows]).numpy(force=True)
-            levels = to_device(timm_pil.transform_images(pixels, recipe, self.hflip, keys), self.device)
+            levels = to_device(timm_pil.transform_images(pixels, recipe, self.hflip, keys), device)
         else:
-            levels = (
-                images[to_device(rows, self.device)] if isinstance(images, Tensor) else to_device(np.asarray(images[rows]), self.device)
-            )
+            levels = images[to_device(rows, device)] if isinstance(images, Tensor) else to_device(np.asarray(images[rows]), device)
             levels = crop.crop(levels, crop.draw_crops(rng, recipe, self.hflip, levels.shape[:3]))
         if recipe.augment == "batched":
             levels = randaugment.augment(levels, randaugment.draw_operations(rng, recipe.randaugment, len(rows)))
@@ -84,7 +82,7 @@ class ViewStream:
         labels = mixup.majority_labels(labels, mix)
         if recipe.erasing:
             views = erasing.erase(views, erasing.draw_erasures(rng, recipe.erasing, (len(rows), height, width)))
-        return Batch(views, targets, labels, index, mixed=torch.full((len(rows),), mix.share != 1, device=self.device))
+        return Batch(views, targets, labels, index, mixed=torch.full((len(rows),), mix.share != 1, device=device))
 
     @functools.cached_property
     def prefetch(self) -> DecodePrefetch:

@@ -1,5 +1,6 @@
 """CIFAR-100 as torchvision reads it: ``<path>/cifar-100-python/{train,test,meta}``, checked by MD5. 184 MB as a data set folder."""
 
+import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 from torchvision.datasets import CIFAR100
 
 from kdlib.config.schema import Cifar100
-from kdlib.data.dataset import BLOCK, SPLITS, Content, Images
+from kdlib.data.dataset import BLOCK, Content, Images
 from kdlib.data.paths import resolve_path
 from kdlib.data.splits import stratified_split
 from kdlib.errors import refuse
@@ -27,12 +28,10 @@ def contents(name: str, params: Cifar100) -> Content:
 
     def blocks(split: str) -> Iterator[Images]:
         source, chosen = images[split]
-        step = BLOCK // (32 * 32 * 3)
-        for start in range(0, len(chosen), step):
-            yield source[chosen[start : start + step]]
+        return (source[rows] for rows in np.array_split(chosen, math.ceil(len(chosen) * 32 * 32 * 3 / BLOCK)))
 
-    parts = (labels[index[0]], labels[index[1]], np.asarray(test.targets, np.int64))
-    return Content(list(train.classes), 32, 3, dict(zip(SPLITS, parts, strict=True)), blocks)
+    split_labels = {"train": labels[index[0]], "val": labels[index[1]], "test": np.asarray(test.targets, np.int64)}
+    return Content(list(train.classes), 32, 3, split_labels, blocks)
 
 
 def _read(key: str, root: Path, official_train: bool, download: bool) -> CIFAR100:

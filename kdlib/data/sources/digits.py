@@ -1,11 +1,9 @@
 """Real handwritten digits that come with scikit-learn: 1,797 images of 8 x 8 (UCI optdigits, test part)."""
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from kdlib.config.schema import Digits
-from kdlib.data.dataset import SPLITS, Content, Images
+from kdlib.data.dataset import SPLITS, Content
 from kdlib.data.splits import stratified_split
 
 
@@ -18,8 +16,4 @@ def contents(name: str, params: Digits) -> Content:
     labels = raw.target.astype(np.int64)
     names, shares = [str(digit) for digit in range(10)], (params.val_fraction, params.test_fraction)
     index = dict(zip(SPLITS, stratified_split(labels, shares, params.seed, f"data.{name}", names), strict=True))
-
-    def blocks(split: str) -> Iterator[Images]:
-        yield images[index[split]]
-
-    return Content(names, 8, 1, {split: labels[index[split]] for split in SPLITS}, blocks)
+    return Content(names, 8, 1, {split: labels[index[split]] for split in SPLITS}, lambda split: iter([images[index[split]]]))

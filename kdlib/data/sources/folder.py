@@ -1,6 +1,5 @@
 """Any images, one folder for each class: ``<path>/<class>/<image>``, found by timm's reader, decoded once by Pillow to square RGB."""
 
-import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from kdlib.config.schema import Folder
 from kdlib.data.dataset import BLOCK, SPLITS, Content, Images
 from kdlib.data.paths import check_folder, check_layout, resolve_path
 from kdlib.data.splits import Labels, stratified_split
+from kdlib.decoding.pool import spare
 from kdlib.errors import refuse
 
 
@@ -24,11 +24,9 @@ def contents(name: str, params: Folder) -> Content:
     names, files, labels = list_images(key, resolve_path(key, params.path))
     shares = (params.val_fraction, params.test_fraction)
     index = dict(zip(SPLITS, stratified_split(labels, shares, params.seed, key, names), strict=True))
-
-    def blocks(split: str) -> Iterator[Images]:
-        return decode_squares(key, [files[i] for i in index[split]], params.size)
-
-    return Content(names, params.size, 3, {split: labels[index[split]] for split in SPLITS}, blocks)
+    chosen = {split: [files[i] for i in index[split]] for split in SPLITS}
+    split_labels = {split: labels[index[split]] for split in SPLITS}
+    return Content(names, params.size, 3, split_labels, lambda split: decode_squares(key, chosen[split], params.size))
 
 
 def list_images(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
@@ -91,7 +89,7 @@ def decode_square(key: str, file: str, size: int) -> UInt8[np.ndarray, "size siz
 
 def decode_squares(key: str, files: Sequence[str], size: int) -> Iterator[Images]:
     """Decode in blocks, in order, by as many threads as there are cores (Pillow lets go of the interpreter while it decodes)."""
-    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = 1 + spare(processes=1)
     step = max(4 * workers, BLOCK // (size * size * 3))
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(files), step):

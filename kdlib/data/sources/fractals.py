@@ -56,7 +56,8 @@ def render_images(params: Fractals, system: Float64[np.ndarray, "maps 6"], part:
     draws = np.stack([generator(params.seed, "fractals", *part, number).random(system.size + steps) for number in numbers])
     noise = 2 * draws[:, : system.size].reshape(-1, *system.shape) - 1
     maps = coefficients(jitter(system, params.jitter * noise))
-    return render(maps, chances(maps), np.ascontiguousarray(draws[:, system.size :]), params.size)[..., None]
+    images: np.ndarray = render(maps, chances(maps), np.ascontiguousarray(draws[:, system.size :]), params.size)
+    return images[..., None]
 
 
 def jitter(system: Float64[np.ndarray, "maps 6"], noise: Float64[np.ndarray, "images maps 6"]) -> Float64[np.ndarray, "images maps 6"]:

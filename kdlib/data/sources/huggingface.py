@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 
 from kdlib.data.paths import check_folder
-from kdlib.decoding.shards import Member
+from kdlib.decoding.shards import StoredImage
 from kdlib.errors import Refused, refuse
 
 SPLITS = {"train": ("train",), "val": ("validation", "val")}  # what each part may be called
 SAVED = 'a folder that `datasets` saved, with train and validation: load_dataset("PARQUET").save_to_disk("FOLDER")'
 
-Stored = list[tuple[str, Member]]  # each image of a part: its file, and where it lies there
 
-
-def index_arrow(key: str, root: Path) -> tuple[list[str], dict[str, Stored]]:
+def index_arrow(key: str, root: Path) -> tuple[list[str], dict[str, list[StoredImage]]]:
     """List the names of the classes, by number, and the images of train and val. No image is read, and nothing is downloaded.
 
     Raises ``Refused`` about ``key`` for a folder without such a data set, without one column of images and one of classes, or with a row
@@ -37,9 +35,8 @@ def index_arrow(key: str, root: Path) -> tuple[list[str], dict[str, Stored]]:
         raise refuse(key, f"{root}: {' '.join(str(error).split())}", SAVED, "correct the path, or save it so once") from error
     columns = [_column(key, parts["train"].features, kind) for kind in (datasets.Image, datasets.ClassLabel)]
     names = parts["train"].features[columns[1]].names
-    for part in parts.values():
-        if part.features != parts["train"].features:
-            raise refuse(key, f"splits of {root} with other columns or classes", "the same in both", "save them again")
+    if parts["val"].features != parts["train"].features:
+        raise refuse(key, f"splits of {root} with other columns or classes", "the same in both", "save them again")
     return names, {part: list(_images(key, split, columns, names)) for part, split in parts.items()}
 
 
@@ -53,7 +50,6 @@ def _package() -> Any:
 
 
 def _column(key: str, features: dict[str, Any], kind: type) -> str:
-    """The name of the only column of a kind."""
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(names) != 1:
         fault = f"{len(names)} columns of kind {kind.__name__} among {', '.join(features)}"
@@ -61,12 +57,12 @@ def _column(key: str, features: dict[str, Any], kind: type) -> str:
     return names[0]
 
 
-def _images(key: str, split: Any, columns: list[str], names: list[str]) -> Iterator[tuple[str, Member]]:
+def _images(key: str, split: Any, columns: list[str], names: list[str]) -> Iterator[StoredImage]:
     for file in (arrow["filename"] for arrow in split.cache_files):
         for row, (path, first, length, label) in enumerate(_rows(file, *columns)):
             if label < 0:
                 raise refuse(key, f"{file}: row {row:,} without a class", "a class in every row", "filter it, and save it again")
-            yield file, Member(PurePath(path or f"{row:09}").stem, first, length, names[label])
+            yield StoredImage(file, first, length, PurePath(path or f"{row:09}").stem, names[label])
 
 
 def _rows(file: str, image: str, label: str) -> Iterator[tuple[str | None, int, int, int]]:

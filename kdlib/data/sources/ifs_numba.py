@@ -49,20 +49,6 @@ def count_points(points: np.ndarray, counts: np.ndarray) -> None:
 
 @njit(nogil=True)
 @no_type_check
-def render_all(maps: np.ndarray, chances: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
-    """Render as ``render`` says; compiled."""
-    images = np.zeros((len(draws), size, size), np.uint8)
-    for image in range(len(draws)):
-        counts = np.zeros((size, size), np.int64)
-        count_points(iterate(maps[image], chances[image], draws[image]), counts)
-        full = math.log1p(counts.max())
-        for row in range(size):
-            for column in range(size):
-                if counts[row, column]:
-                    images[image, row, column] = int(255 * math.log1p(counts[row, column]) / full + 0.5)
-    return images
-
-
 def render(
     maps: Float64[np.ndarray, "images maps 6"],
     chances: Float64[np.ndarray, "images maps"],
@@ -74,5 +60,13 @@ def render(
     A pixel of n points after ``BURN_IN``, where the fullest pixel has m, becomes ``floor(255 log(1 + n) / log(1 + m) + 1/2)``; see
     ``count_points`` for the frame.
     """
-    image: np.ndarray = render_all(maps, chances, draws, size)
-    return image
+    images = np.zeros((len(draws), size, size), np.uint8)
+    for image in range(len(draws)):
+        counts = np.zeros((size, size), np.int64)
+        count_points(iterate(maps[image], chances[image], draws[image]), counts)
+        full = math.log1p(counts.max())
+        for row in range(size):
+            for column in range(size):
+                if counts[row, column]:
+                    images[image, row, column] = int(255 * math.log1p(counts[row, column]) / full + 0.5)
+    return images

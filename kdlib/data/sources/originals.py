@@ -5,7 +5,6 @@ or what Hugging Face's `datasets` saved to the disk.
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -22,26 +21,14 @@ from kdlib.data.sources.folder import check_same_classes, list_train_val
 from kdlib.data.splits import stratified_split
 from kdlib.decoding import pixels, shards
 from kdlib.decoding.pool import pool
-from kdlib.decoding.shards import Member
+from kdlib.decoding.shards import StoredImage
 from kdlib.errors import refuse
 
 CHUNK = 32  # images that a process looks at at a time
 NAMED = 3  # unreadable images that a line names
 
-
-@dataclass(frozen=True)
-class Image:
-    """An image as its storage lists it, before anyone has looked at it."""
-
-    file: str
-    first: int
-    length: int | None  # None: to the end of the file
-    name: str  # without its extension
-    kind: str  # its class's name or number
-
-
-Parts = dict[str, list[Image]]  # train and val
-Readable = list[tuple[Image, tuple[int, ...]]]  # each with its ``BYTE_RANGE``
+Parts = dict[str, list[StoredImage]]  # train and val
+Readable = list[tuple[StoredImage, tuple[int, ...]]]  # each with its ``BYTE_RANGE``
 
 
 def contents(name: str, params: Originals) -> Content:
@@ -52,7 +39,8 @@ def contents(name: str, params: Originals) -> Content:
     """
     key = f"data.{name}"
     root = resolve_path(f"{key}.path", params.path)
-    kinds, images = {"folders": _in_folders, "shards": _in_shards, "huggingface": _in_arrow}[params.stored](f"{key}.path", root)
+    index = {"folders": _in_folders, "shards": _in_shards, "huggingface": huggingface.index_arrow}[params.stored]
+    kinds, images = index(f"{key}.path", root)
     names, ranks = _classes(key, params, kinds)
     readable, left_out = _inspect(key, root, images, params.unreadable)
     for entries in readable.values():  # the same order however they are stored
@@ -70,7 +58,7 @@ def contents(name: str, params: Originals) -> Content:
 def _in_folders(key: str, root: Path) -> tuple[list[str], Parts]:
     names, parts = list_train_val(key, root)
     return names, {
-        part: [Image(file, 0, None, PurePath(file).stem, names[label]) for file, label in zip(files, labels.tolist(), strict=True)]
+        part: [StoredImage(file, 0, None, PurePath(file).stem, names[label]) for file, label in zip(files, labels.tolist(), strict=True)]
         for part, (files, labels) in parts.items()
     }
 
@@ -83,13 +71,13 @@ def _in_shards(key: str, root: Path) -> tuple[list[str], Parts]:
     return sorted(train, key=lambda kind: (natural_key(kind), kind)), parts
 
 
-def _images_of_shards(key: str, folder: Path) -> list[Image]:
+def _images_of_shards(key: str, folder: Path) -> list[StoredImage]:
     files = sorted(str(file) for file in folder.glob("*.tar"))
     if not files:
         raise refuse(key, str(folder), "shards named *.tar in it", "correct the path, or set stored to what lies there")
     indices = [pool().ask(shards.index_shard, file, get_img_extensions(as_set=True)) for file in files]
     try:
-        images = [_image(file, member) for file, index in zip(files, indices, strict=True) for member in index()]
+        images = [image for index in indices for image in index()]
     except pixels.Changed as error:
         raise refuse(key, str(error), "whole tar files, not compressed", "make or copy it again") from error
     if not images:
@@ -100,15 +88,6 @@ def _images_of_shards(key: str, folder: Path) -> list[Image]:
             fault = f"{image.file}: {image.name} with neither .cls nor a folder"
             raise refuse(key, fault, "a class for every image", "make the shards again")
     return images
-
-
-def _in_arrow(key: str, root: Path) -> tuple[list[str], Parts]:
-    names, parts = huggingface.index_arrow(key, root)
-    return names, {part: [_image(file, member) for file, member in stored] for part, stored in parts.items()}
-
-
-def _image(file: str, member: Member) -> Image:
-    return Image(file, member.first, member.length, PurePath(member.key).name, member.label)
 
 
 def _classes(key: str, params: Originals, kinds: list[str]) -> tuple[list[str], dict[str, int]]:
@@ -133,7 +112,7 @@ def _inspect(key: str, root: Path, images: Parts, most: float) -> tuple[dict[str
     left_out: list[str] = []
     chunks = [(part, those[start : start + CHUNK]) for part, those in images.items() for start in range(0, len(those), CHUNK)]
     with tqdm(total=total, desc=f"{key}: looks at", unit=" images", disable=None) as bar:
-        asked = [pool().ask(pixels.inspect_images, [(image.file, image.first, image.length) for image in chunk]) for _, chunk in chunks]
+        asked = [pool().ask(pixels.inspect_images, [image[:3] for image in chunk]) for _, chunk in chunks]
         for (part, chunk), inspected in zip(chunks, asked, strict=True):
             for image, (*facts, fault) in zip(chunk, inspected(), strict=True):
                 if fault:
