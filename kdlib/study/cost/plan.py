@@ -24,8 +24,7 @@ from kdlib.models.build import build
 from kdlib.parallel.placement import Placement
 from kdlib.parallel.workers import side_by_side
 from kdlib.study.cost import measure
-from kdlib.study.cost.estimate import Row, forecast, largest_group
-from kdlib.study.cost.measure import Cost
+from kdlib.study.cost.estimate import Cost, Row, forecast, largest_group
 from kdlib.study.cost.synthetic_data import Facts, facts, imagined
 from kdlib.study.training import identity
 from kdlib.study.training.checks import check_against_data
@@ -171,7 +170,7 @@ class Outlook:
 
     def _decoded(self, kind: Kind, cost: Cost) -> Cost:
         """With the time in which its images are decoded: beside what a GPU does, but by the cores that a CPU would train with."""
-        if cost.seconds is None or kind.data not in self.listed:
+        if math.isnan(cost.seconds) or kind.data not in self.listed:
             return cost
         seconds = self._decoding(kind.data, kind.recipe)
         together = cost.seconds + seconds if self.device.type == "cpu" else max(cost.seconds, seconds)
