@@ -12,27 +12,9 @@ FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 # What sees the names of locals, a docstring or printed text while a program runs. A module that mentions one is left as it is written.
 SEES_WORDS = frozenset(
     [
-        "locals",
-        "eval",
-        "exec",
-        "query",
-        "numexpr",
-        "_getframe",
-        "currentframe",
-        "f_locals",
-        "f_code",
-        "getsource",
-        "co_varnames",
-        "co_freevars",
-        "co_cellvars",
-        "co_consts",
-        "__qualname__",
-        "__doc__",
-        "getdoc",
-        "__future__",
-        "redirect_stdout",
-        "redirect_stderr",
-        "*",
+        *("locals", "f_locals", "f_code", "_getframe", "currentframe", "co_varnames", "co_freevars", "co_cellvars", "co_consts"),
+        *("eval", "exec", "query", "numexpr", "getsource", "getdoc", "__doc__", "__qualname__"),
+        *("redirect_stdout", "redirect_stderr", "__future__", "*"),
     ]
 )
 REFUSALS = frozenset({"refuse", "Refused"})
@@ -129,6 +111,14 @@ class _Variables(ast.NodeVisitor):
             if node:
                 self.visit(node)
 
+    def _visit_body(self, body: Iterable[ast.AST], names: set[str]) -> set[str]:
+        """Of a function or a class, in a scope that has these names. Returns all that are bound in it."""
+        self._scopes.append(names)
+        self._functions.append(names)
+        self._visit_all(body)
+        self._functions.pop()
+        return self._scopes.pop()
+
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load):
             self._reads.append((node.id, self._scopes.copy()))
@@ -148,11 +138,7 @@ class _Variables(ast.NodeVisitor):
         self.visit(args)  # defaults and annotations are looked up outside
         names = {arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg) if arg}
         self._kept |= names
-        self._scopes.append(names)
-        self._functions.append(names)
-        self._visit_all([node.body] if isinstance(node, ast.Lambda) else node.body)
-        self._scopes.pop()
-        self._functions.pop()
+        self._visit_body([node.body] if isinstance(node, ast.Lambda) else node.body, names)
 
     visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
 
@@ -168,13 +154,7 @@ class _Variables(ast.NodeVisitor):
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         self._kept.add(node.name)
         self._visit_all([*node.decorator_list, *node.bases, *node.keywords])
-        attributes: set[str] = set()
-        self._scopes.append(attributes)
-        self._functions.append(attributes)
-        self._visit_all(node.body)
-        self._kept |= attributes
-        self._scopes.pop()
-        self._functions.pop()
+        self._kept |= self._visit_body(node.body, set())  # its attributes
 
     def visit_ExceptHandler(self, node: ast.ExceptHandler | ast.MatchAs | ast.MatchStar | ast.MatchMapping) -> None:
         field = "rest" if isinstance(node, ast.MatchMapping) else "name"
