@@ -215,10 +215,8 @@ def _committed(root: Path) -> str | None:
 
 
 def _in_git(root: Path) -> bool:
-    try:
-        return subprocess.run(["git", "rev-parse"], cwd=root, check=False, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
+    command = ["git", "rev-parse"]
+    return shutil.which("git") is not None and subprocess.run(command, cwd=root, check=False, capture_output=True).returncode == 0
 
 
 def _studies(root: Path) -> list[Path]:

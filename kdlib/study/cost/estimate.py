@@ -76,7 +76,7 @@ def forecast(row: Row, stages: Sequence[Sequence[Cost]], images: int, cores: int
         hours=hours,
         wall_hours=hours / processes,
         peak_bytes=_most(math.nan if cost.peak_bytes is None else cost.peak_bytes for cost in groups),
-        checkpoint_bytes=max(checkpoints(stage, cores) for stage in stages),
+        checkpoint_bytes=NEWEST * max(sum(heapq.nlargest(cores, (cost.checkpoint_bytes for cost in stage))) for stage in stages),
         weights_bytes=COPIES * sum(cost.weights_bytes for cost in groups),
         decoding=float(np.fmax.reduce([cost.decoding for cost in groups], initial=math.nan)),  # the largest that is known
     )
@@ -95,16 +95,6 @@ def makespan(seconds: Sequence[Number], processes: int) -> float:
     for duration in seconds:
         heapq.heapreplace(free, free[0] + duration)
     return _most(free)
-
-
-def checkpoints(groups: Sequence[Cost], processes: int) -> int:
-    """The most bytes that checkpoints of unfinished runs take, where so many groups train side by side."""
-    return NEWEST * sum(heapq.nlargest(processes, (cost.checkpoint_bytes for cost in groups)))
-
-
-def seconds_an_image(passes: tuple[float, int], update: tuple[float, int]) -> float:
-    """From (seconds, images) of forward and backward passes, and of the optimisers' step, which is one for all images of a batch."""
-    return passes[0] / passes[1] + update[0] / update[1]
 
 
 def extrapolated(less: tuple[int, int], more: tuple[int, int], images: int) -> int:

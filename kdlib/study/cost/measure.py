@@ -21,7 +21,7 @@ from kdlib.engine.record import forward_flops, weights
 from kdlib.engine.setting import Images, Setting, begin, view_stream
 from kdlib.engine.teacher_cache import TeacherCache
 from kdlib.losses.base import Method
-from kdlib.study.cost.estimate import Cost, extrapolated, seconds_an_image
+from kdlib.study.cost.estimate import Cost, extrapolated
 from kdlib.views.mixup import mix_groups
 from kdlib.views.stream import ViewStream
 
@@ -107,7 +107,8 @@ def cost(setting: Setting, methods: Methods, steps: int, processes: int) -> Cost
     step = trial.go(steps, trial.ahead)
     update = min(trial.seconds(trial.advance) for _ in range(steps))
     del begun, trial
-    seconds = seconds_an_image((step - update, images), (update, setting.recipe.batch_size // processes))
+    # the optimisers' step is one for all images of a batch
+    seconds = (step - update) / images + update / (setting.recipe.batch_size // processes)
     return replace(found, seconds=seconds, peak_bytes=_of_whole_group(setting, methods, images, peak))
 
 

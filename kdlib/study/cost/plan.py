@@ -165,7 +165,7 @@ class Outlook:
         for count in sorted({kind.threads for kind in kinds}):
             alike = [kind for kind in kinds if kind.threads == count]
             numbered = [(f"{number} of {len(kinds)}", kind) for number, kind in enumerate(alike, start=len(costs) + 1)]
-            costs |= dict(zip(alike, side_by_side(cost, numbered, self._beside(count)), strict=True))
+            costs |= dict(zip(alike, side_by_side(cost, numbered, max(1, self.cores // count)), strict=True))
         return {kind: self._decoded(kind, cost) for kind, cost in costs.items()}
 
     def _decoded(self, kind: Kind, cost: Cost) -> Cost:
@@ -183,12 +183,9 @@ class Outlook:
         stream = ViewStream(train.images, train.labels, index, classes=data.classes, recipe=recipe_params, hflip=data.hflip, seed=0)
         return measure.decoding(stream, launch.processes, launch.nodes)
 
-    def _beside(self, count: int) -> int:
-        """Processes of so many threads that train at once."""
-        return max(1, self.cores // count)
-
     def _check_memory(self, kind: Kind, cost: Cost, user: str) -> None:
-        recipe, room = self.params.recipes[kind.recipe], measure.room(self.device) // self._beside(kind.threads)
+        at_once = max(1, self.cores // kind.threads)
+        recipe, room = self.params.recipes[kind.recipe], measure.room(self.device) // at_once
         if cost.peak_bytes is not None and cost.peak_bytes <= room:
             return
         setting, methods = _setting(self.params, self.facts[kind.data], self.device, kind)
