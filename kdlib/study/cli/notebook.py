@@ -180,11 +180,7 @@ def _repeatable(path: Path, outputs: bool) -> str:
 
 
 def _stripped(output: dict[str, Any]) -> dict[str, Any]:
-    if "execution_count" in output:
-        output["execution_count"] = None
-    output.pop("metadata", None)
-    if output["output_type"] in ("display_data", "execute_result"):
-        output["metadata"] = {}
+    output |= {key: empty for key, empty in (("execution_count", None), ("metadata", {})) if key in output}
     for holder, key in ((output, "text"), (output.get("data", {}), "text/plain")):
         if key in holder:
             holder[key] = _ADDRESS.sub("", "".join(holder[key]))
@@ -197,8 +193,7 @@ def main() -> None:
     cleaning = commands.add_parser("clean")
     cleaning.add_argument("source", type=Path)
     cleaning.add_argument("copy", type=Path)
-    running = commands.add_parser("run")
-    running.add_argument("stage")
+    commands.add_parser("run").add_argument("stage")
     given = parser.parse_args()
     with refusals_in_one_line():
         if given.command == "clean":

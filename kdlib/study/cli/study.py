@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -91,27 +91,22 @@ def _stages(root: Path) -> list[list[str]]:
     Where study.missing is blank, data sets whose path is an environment variable that is not set are left out, with what needs them; if
     that is all of them, none is, and the first is refused.
     """
-    params = config.load(root)
-    unset = {name for name, item in params.data.items() if hasattr(item, "path") and not _is_set(item.path)}
-    kept = [name for name in params.data if name not in unset]
+    from kdlib.data.paths import resolve_path  # noqa: PLC0415 (see ``check_study``)
+
+    params, kept = config.load(root), []
+    for name, item in params.data.items():
+        with suppress(Refused):
+            if hasattr(item, "path"):
+                resolve_path("", item.path)
+            kept.append(name)
+    unset = sorted(params.data.keys() - set(kept))
     if not unset or not kept or params.study.missing != "blank":
         return [["data"], []]
-    left = ", ".join(sorted(unset))
-    print(f"leaves out {left}, with what needs it: the path is an environment variable that is not set", file=sys.stderr)
+    print(f"leaves out {', '.join(unset)}, with what needs it: the path is an environment variable that is not set", file=sys.stderr)
     teachers = [f"teacher@{name}" for name, item in params.teachers.items() if item.data in kept]
     comparisons = [f"distill@{name}" for name, item in params.comparisons.items() if item.data in kept]
     tables_alone = ["--single-item", "notebook@4_tables", "tables", "readme"]
     return [[f"data@{name}" for name in kept], teachers + comparisons, tables_alone]
-
-
-def _is_set(path: str) -> bool:
-    from kdlib.data.paths import resolve_path  # noqa: PLC0415 (see ``check_study``)
-
-    try:
-        resolve_path("", path)
-    except Refused:
-        return False
-    return True
 
 
 def join_study(root: Path) -> None:

@@ -186,9 +186,7 @@ def _messages(nodes: list[ast.AST]) -> Iterator[ast.expr]:
     raised = {id(node.exc) for node in nodes if isinstance(node, ast.Raise)}
     for node in nodes:
         match node:
-            case ast.Call(func=ast.Name(id=name)):
-                known = name in ours
-            case ast.Call(func=ast.Attribute(value=owner, attr=name)):
+            case ast.Call(func=ast.Name(id=name) as owner) | ast.Call(func=ast.Attribute(value=owner, attr=name)):
                 known = isinstance(owner, ast.Name) and owner.id in ours
             case _:
                 continue
