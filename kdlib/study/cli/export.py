@@ -91,8 +91,7 @@ def model_card(experiment: Experiment, run: Run, source: Path) -> str:
     item, confidence = params.comparisons[comparison], params.study.confidence
     teacher = params.teachers[item.teacher]
     lines = ["---", "library_name: timm", "tags: [image-classification, timm, knowledge-distillation]", "---", ""]
-    lines += [f"# {item.student}, taught by {teacher.model} ({variant})", ""]
-    lines += ["| measure | this run | all seeds |", "|---|---|---|"]
+    lines += [f"# {item.student}, taught by {teacher.model} ({variant})", "", "| measure | this run | all seeds |", "|---|---|---|"]
     paths = {seed: run_folder(experiment.root, (comparison, variant, seed)) / "metrics.json" for seed in params.study.seeds}
     measured = {seed: read_json(path) for seed, path in paths.items() if path.is_file()}
     for name, words in MEASURES.items():

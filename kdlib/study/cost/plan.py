@@ -139,9 +139,8 @@ class Outlook:
     @property
     def where(self) -> str:
         """The device, in words."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"this CPU, {self.cores} side by side" if self.cores > 1 else "this CPU"
+        cpu = f"this CPU, {self.cores} side by side" if self.cores > 1 else "this CPU"
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
 
     def rows(self) -> list[Row]:
         """The teachers that are to be trained, then the comparisons. Raises ``Refused`` for the first that memory is too small for."""

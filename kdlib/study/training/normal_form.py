@@ -190,7 +190,9 @@ def _messages(nodes: list[ast.AST]) -> Iterator[ast.expr]:
                 known = isinstance(owner, ast.Name) and owner.id in ours
             case _:
                 continue
-        is_report = (known and name in REPORTS and _on_console(node)) or name in BAR_REPORTS
+        files = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg in ("file", None)]
+        on_console = all(file in ("sys.stdout", "sys.stderr") for file in files)
+        is_report = (known and name in REPORTS and on_console) or name in BAR_REPORTS
         if id(node) in raised or (known and name in REFUSALS) or (is_report and id(node) in unused):
             yield from node.args
         elif known and name == "tqdm":
@@ -203,11 +205,6 @@ def _assigned(nodes: list[ast.AST]) -> set[str | None]:
     names |= {node.asname for node in nodes if isinstance(node, ast.alias) and node.asname != node.name}
     others = [node for node in nodes if not isinstance(node, ast.alias | ast.keyword)]
     return names | {getattr(node, field, None) for node in others for field in ("name", "arg", "rest")}
-
-
-def _on_console(call: ast.Call) -> bool:
-    files = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg in ("file", None)]
-    return all(file in ("sys.stdout", "sys.stderr") for file in files)
 
 
 def _drop_wording(message: ast.expr) -> None:
