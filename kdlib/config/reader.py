@@ -18,14 +18,11 @@ Form = TypeVar("Form", bound=Section)
 
 # pydantic's words where they are Python's rather than YAML's; filled in with the limits of the field
 _ALLOWED = {
-    "dict_type": "keys with their values",
-    "model_type": "keys with their values",
-    "model_attributes_type": "keys with their values",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "keys with their values"),
     "list_type": "a list",
     "string_type": "a name or text",
     "bool_type": "true or false",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+    **dict.fromkeys(("int_type", "int_from_float"), "a whole number"),
     "float_type": "a number",
     "too_short": "at least {min_length} of them",
     "too_long": "at most {max_length} of them",
@@ -54,7 +51,10 @@ def read_yaml(root: Path) -> dict[Any, Any]:
     except UnicodeDecodeError as error:
         raise refuse(f"byte {error.start}", error.object[error.start : error.start + 1], "text in UTF-8", "save the file anew") from None
     except YAMLError as error:
-        raise _unreadable(error) from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        key = "not YAML" if mark is None else f"line {mark.line + 1}"
+        found = str(problem or error).removeprefix("found ").removeprefix("but found ")
+        raise refuse(key, found, "YAML 1.2, every key once", "correct it") from None
     if not isinstance(content, dict):
         found = "an empty file" if content is None else f"a {type(content).__name__}"
         raise Refused(f"{FILE}: found {found}; allowed: the sections {', '.join(Params.model_fields)}; restore them")
@@ -80,13 +80,6 @@ def validate(form: type[Form], content: Mapping[Any, Any], parts: Mapping[str, t
         return form.model_validate(content)
     except ValidationError as error:
         raise _explain(error, content, parts) from None
-
-
-def _unreadable(error: YAMLError) -> Refused:
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    key = "not YAML" if mark is None else f"line {mark.line + 1}"
-    found = str(problem or error).removeprefix("found ").removeprefix("but found ")
-    return refuse(key, found, "YAML 1.2, every key once", "correct it")
 
 
 def _explain(error: ValidationError, content: Mapping[Any, Any], parts: Mapping[str, type[Section]]) -> Refused:

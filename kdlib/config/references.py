@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kdlib.config.schema import TABLES, Comparison, Params
@@ -27,14 +27,9 @@ def check_references(params: Params) -> None:
     _check_unique("study.challengers", [*general.challengers, general.baseline])
     _check_unique("study.seeds", general.seeds)
     known("study.headline.data", general.headline.data, params.data)
-    for name in general.headline.recipes:
-        known("study.headline.recipes", name, params.recipes)
-    _check_unique("study.headline.recipes", general.headline.recipes)
-    for name in general.tables:
-        known("study.tables", name, TABLES)
-    _check_unique("study.tables", general.tables)
-    for name in general.published:
-        known("study.published", name, params.comparisons)
+    _check_all("study.headline.recipes", general.headline.recipes, params.recipes)
+    _check_all("study.tables", general.tables, TABLES)
+    _check_all("study.published", list(general.published), params.comparisons)
     for name, teacher in params.teachers.items():
         known(f"teachers.{name}.data", teacher.data, params.data)
         known(f"teachers.{name}.recipe", teacher.recipe, params.recipes)
@@ -49,9 +44,7 @@ def _check_comparison(key: str, comparison: Comparison, params: Params) -> None:
     if teacher.data != comparison.data:
         allowed = f"a teacher of data set {comparison.data!r} (this one knows the classes of {teacher.data!r})"
         raise refuse(f"{key}.teacher", comparison.teacher, allowed, "choose or add one")
-    for name in comparison.methods:
-        known(f"{key}.methods", name, params.methods)
-    _check_unique(f"{key}.methods", comparison.methods)
+    _check_all(f"{key}.methods", comparison.methods, params.methods)
     if comparison.methods or comparison.sweep is None:
         _check_baseline(f"{key}.methods", comparison.methods, params)
     if comparison.sweep is not None:
@@ -75,6 +68,13 @@ def _check_baseline(key: str, methods: list[str], params: Params) -> None:
     if params.study.baseline not in methods:
         allowed = f"methods that include {params.study.baseline!r} (study.baseline)"
         raise refuse(key, methods, allowed, "add it: the others are compared with it, paired by seed")
+
+
+def _check_all(key: str, names: list[str], defined: Iterable[str]) -> None:
+    """Each is defined, and named once."""
+    for name in names:
+        known(key, name, defined)
+    _check_unique(key, names)
 
 
 def _check_unique(key: str, values: list[Any]) -> None:

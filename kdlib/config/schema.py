@@ -97,14 +97,7 @@ class Originals(Section):
 
 
 DataSource = Annotated[Digits | Fractals | Cifar100 | Folder | Imagenet | Originals, Field(discriminator="source")]
-SOURCES: dict[str, type[Section]] = {
-    "digits": Digits,
-    "fractals": Fractals,
-    "cifar100": Cifar100,
-    "folder": Folder,
-    "imagenet": Imagenet,
-    "originals": Originals,
-}
+SOURCES: dict[str, type[Section]] = {form.__name__.lower(): form for form in (Digits, Fractals, Cifar100, Folder, Imagenet, Originals)}
 
 
 class RandAugmentParams(Section):

@@ -6,7 +6,7 @@ python -m kdlib.study.cli.evaluate resnet50 resnet50.pth --data imagenet=/data/i
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,15 +88,17 @@ def evaluate(classifier: Classifier, images: EvaluationSet, view: View, batch_si
     kept, unreadable = torch.tensor(images.classes), []
     counts, seen = torch.zeros(2, dtype=torch.int64), 0
     classifier.eval()
-    for pixels, places, readable in _batches(images, view, batch_size, workers):
-        unreadable += [images.files[place] for place in places[~readable].tolist()]
-        with torch.inference_mode():
+    loader = DataLoader(Decoded(images.files, view), batch_size, num_workers=workers)
+    with torch.inference_mode(), tqdm(total=len(images.files), desc=images.name, unit="image", disable=not watched()) as bar:
+        for pixels, places, readable in loader:
+            unreadable += [images.files[place] for place in places[~readable].tolist()]
             logits = classifier(pixels[readable].to(device).float() / 255).logits.float().cpu()
-        if not logits.isfinite().all():
-            raise Refused(f"--data {images.name}: found logits that are not finite; allowed: finite ones; choose another checkpoint")
-        right = truth([images.answers[place] for place in places[readable].tolist()])
-        counts += hits(logits[:, kept], right[:, kept])
-        seen += len(logits)
+            if not logits.isfinite().all():
+                raise Refused(f"--data {images.name}: found logits that are not finite; allowed: finite ones; choose another checkpoint")
+            right = truth([images.answers[place] for place in places[readable].tolist()])
+            counts += hits(logits[:, kept], right[:, kept])
+            seen += len(logits)
+            bar.update(len(places))
     if len(unreadable) > UNREADABLE * len(images.files):
         allowed = f"at most {100 * UNREADABLE:g} % of {len(images.files):,} images that cannot be read"
         raise refuse(f"--data {images.name}", f"{len(unreadable):,}: {some(unreadable)}", allowed, "restore these files")
@@ -129,14 +131,6 @@ def shown(frame: pd.DataFrame) -> str:
     for name in ("top1", "top1_published", "top5", "top5_published"):
         text[name.replace("_", ", ").replace("top", "top-") + " %"] = [number(100 * share, 2) for share in frame[name]]
     return pipe(text)
-
-
-def _batches(images: EvaluationSet, view: View, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    loader = DataLoader(Decoded(images.files, view), batch_size, num_workers=workers)
-    with tqdm(total=len(images.files), desc=images.name, unit="image", disable=not watched()) as bar:
-        for pixels, places, readable in loader:
-            yield pixels, places, readable
-            bar.update(len(places))
 
 
 def _folders(given: list[str]) -> dict[str, Path]:

@@ -86,18 +86,15 @@ def reassessed(key: str, images: EvaluationSet, real: Sequence[Answers]) -> Eval
 def parse_real(key: str, content: Any) -> list[Answers]:
     """ReaL's labels out of its JSON: a list of classes per image; ``[]``, NaN or null where it has none. Raises ``Refused``."""
     if not isinstance(content, list):
-        raise refuse(
-            key, f"a {type(content).__name__}", "a list with a list of classes for every validation image", "give ReaL's real.json"
-        )
-    return [_answers(key, number, entry) for number, entry in enumerate(content, 1)]
-
-
-def _answers(key: str, number: int, entry: Any) -> Answers:
-    if entry is None or (isinstance(entry, float) and math.isnan(entry)):
-        return ()
-    if not isinstance(entry, list) or not all(type(label) is int and 0 <= label < 1000 for label in entry):
-        raise refuse(key, f"{entry!r} of image {number}", "a list of classes, 0 to 999", "give ReaL's real.json")
-    return tuple(entry)
+        allowed = "a list with a list of classes for every validation image"
+        raise refuse(key, f"a {type(content).__name__}", allowed, "give ReaL's real.json")
+    answers = []
+    for number, entry in enumerate(content, 1):
+        labels = [] if entry is None or (isinstance(entry, float) and math.isnan(entry)) else entry
+        if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < 1000 for label in labels):
+            raise refuse(key, f"{entry!r} of image {number}", "a list of classes, 0 to 999", "give ReaL's real.json")
+        answers.append(tuple(labels))
+    return answers
 
 
 def _real(path: Path | None) -> list[Answers]:

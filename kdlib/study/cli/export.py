@@ -19,7 +19,7 @@ from kdlib.models.build import Classifier
 from kdlib.study.cli import refusals_in_one_line
 from kdlib.study.report import stats
 from kdlib.study.training.experiment import Experiment
-from kdlib.study.training.planned import expected_runs, run_folder
+from kdlib.study.training.planned import Run, expected_runs, run_folder
 
 AGREE = 1e-4  # largest difference of a logit, relative to the largest one, between two runtimes' fp32
 MEASURES = {"test_top1": "top-1 on the test split", "test_top5": "top-5", "test_ece": "expected calibration error"}
@@ -37,14 +37,13 @@ class Normalising(nn.Module):
         return logits
 
 
-def export(experiment: Experiment, run: tuple[str, str, int], folder: Path) -> None:
+def export(experiment: Experiment, run: Run, folder: Path) -> None:
     """Write model.safetensors, config.json and README.md (the card): ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads them.
 
     Adapters and banks of the method are not in it. Raises ``Refused`` for a run that is not there or diverged.
     """
-    comparison = run[0]
-    source, metrics = _finished(experiment, run)
-    student = experiment.student(comparison, source)
+    source = _finished(experiment, run)
+    student = experiment.student(run[0], source)
     channels, size = student.mean.shape[1], student.size
     arguments = {"num_classes": student.shape.classes, "in_chans": channels}
     if getattr(student.net, "pretrained_cfg", {}).get("fixed_input_size"):
@@ -54,20 +53,17 @@ def export(experiment: Experiment, run: tuple[str, str, int], folder: Path) -> N
     looks |= {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "num_classes": student.shape.classes}
     student.net.cpu().to(memory_format=torch.contiguous_format)  # as safetensors wants them
     save_for_hf(student.net, str(folder), model_config={"pretrained_cfg": looks}, model_args=arguments, safe_serialization=True)
-    write_text(
-        folder / "README.md", model_card(experiment, run, read_json(source / "run.json"), metrics, read_json(source / "environment.json"))
-    )
+    write_text(folder / "README.md", model_card(experiment, run, source))
 
 
-def to_onnx(experiment: Experiment, run: tuple[str, str, int], path: Path) -> float:
+def to_onnx(experiment: Experiment, run: Run, path: Path) -> float:
     """Write the student, its normalisation included, for any number of images; the largest relative difference of a logit afterwards.
 
     By torch's own exporter, checked with onnxruntime (``pip install kdlib[export]``). Raises ``Refused`` when the two disagree.
     """
     import onnxruntime  # noqa: PLC0415 (of those who export only)
 
-    source, _ = _finished(experiment, run)
-    student = experiment.student(run[0], source)
+    student = experiment.student(run[0], _finished(experiment, run))
     model, data = Normalising(student).cpu().eval(), experiment.data(experiment.params.comparisons[run[0]].data)
     images = torch.rand(4, data.channels, data.size, data.size)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,20 +84,18 @@ def to_onnx(experiment: Experiment, run: tuple[str, str, int], path: Path) -> fl
     return gap
 
 
-def model_card(
-    experiment: Experiment, run: tuple[str, str, int], about: dict[str, Any], metrics: dict[str, Any], where: dict[str, Any]
-) -> str:
-    """The model card: what it learned from whom, how good it is with n, where it was trained, how to load it."""
-    comparison, variant, seed = run
-    params = experiment.params
+def model_card(experiment: Experiment, run: Run, source: Path) -> str:
+    """The model card: what it learned from whom, how good it is with n, where it was trained, how to load it. ``source``: of the run."""
+    about, metrics, where = (read_json(source / f"{name}.json") for name in ("run", "metrics", "environment"))
+    (comparison, variant, seed), params = run, experiment.params
     item, confidence = params.comparisons[comparison], params.study.confidence
     teacher = params.teachers[item.teacher]
     lines = ["---", "library_name: timm", "tags: [image-classification, timm, knowledge-distillation]", "---", ""]
-    lines += [f"# {item.student}, taught by {teacher.model} ({variant})", ""]
-    lines += ["| measure | this run | all seeds |", "|---|---|---|"]
+    lines += [f"# {item.student}, taught by {teacher.model} ({variant})", "", "| measure | this run | all seeds |", "|---|---|---|"]
+    paths = {seed: run_folder(experiment.root, (comparison, variant, seed)) / "metrics.json" for seed in params.study.seeds}
+    measured = {seed: read_json(path) for seed, path in paths.items() if path.is_file()}
     for name, words in MEASURES.items():
-        values = _by_seed(experiment, comparison, variant, name)
-        mean = stats.estimate(values, confidence)
+        mean = stats.estimate({seed: values[name] for seed, values in measured.items() if name in values}, confidence)
         interval = f" ± {100 * mean.half:.1f}" if mean.n > 1 and mean.half == mean.half else ""
         lines.append(f"| {words} | {100 * metrics[name]:.1f} % | {100 * mean.mean:.1f}{interval} % (n={mean.n}) |")
     lines += ["", f"± is half the width of a {100 * confidence:g} % Student t interval over the seeds.", ""]
@@ -121,25 +115,17 @@ def model_card(
     return "\n".join(lines)
 
 
-def _by_seed(experiment: Experiment, comparison: str, variant: str, measure: str) -> dict[int, float]:
-    """Of every seed whose run is there and finished."""
-    folders = {seed: run_folder(experiment.root, (comparison, variant, seed)) / "metrics.json" for seed in experiment.params.study.seeds}
-    metrics_of = {seed: read_json(path) for seed, path in folders.items() if path.is_file()}
-    return {seed: metrics[measure] for seed, metrics in metrics_of.items() if measure in metrics}
-
-
-def _finished(experiment: Experiment, run: tuple[str, str, int]) -> tuple[Path, dict[str, Any]]:
+def _finished(experiment: Experiment, run: Run) -> Path:
+    """The folder of a run that can be exported."""
     comparison, variant, _ = run
     known("comparison", comparison, experiment.params.comparisons)
-    names = sorted({name for _, name, _ in expected_runs(experiment.params, comparison)})
-    known("variant", variant, names)
+    known("variant", variant, {name for _, name, _ in expected_runs(experiment.params, comparison)})
     folder = run_folder(experiment.root, run)
     if not (folder / "metrics.json").is_file():
         raise Refused(f"{folder}: found no finished run; allowed: a run of results/runs.csv; run `make study` first")
-    metrics = read_json(folder / "metrics.json")
-    if "test_top1" not in metrics:
+    if "test_top1" not in read_json(folder / "metrics.json"):
         raise Refused(f"{folder}: found a run that diverged, or a trial of a sweep; allowed: one with a test accuracy; choose another")
-    return folder, metrics
+    return folder
 
 
 def main() -> None:

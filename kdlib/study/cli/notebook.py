@@ -51,20 +51,24 @@ def describe(root: Path, title: str) -> Stage:
     if kind not in stages:
         raise Refused(f"dvc.yaml: found no stage {kind!r}; allowed: {', '.join(stages)}; choose one of them")
     body, values = stages[kind], {"key": name}
+
+    def filled(text: str) -> str:
+        return re.sub(r"\$\{([\w.]+)\}", lambda match: values[match[1]], text)
+
     if "do" in body:
         items = config.read_yaml(root)[re.fullmatch(r"\$\{(\w+)\}", body["foreach"])[1]]  # type: ignore[index]
         item = items[known(kind, name, items)]
         values |= {f"item.{field}": value for field, value in item.items() if isinstance(value, str)}
         body = body["do"]
-    deps, params = ([_fill(text, values) for text in body.get(part, [])] for part in ("deps", "params"))
-    outs = [_fill(next(iter(out)) if isinstance(out, dict) else out, values) for out in body["outs"]]
+    deps, params = ([filled(text) for text in body.get(part, [])] for part in ("deps", "params"))
+    outs = [filled(next(iter(out)) if isinstance(out, dict) else out) for out in body["outs"]]
     notebook, executed = (Path(next(path for path in paths if path.endswith(".ipynb"))) for paths in (deps, outs))
     return Stage(title, name, notebook, executed, deps, params)
 
 
 def clean(source: Path, copy: Path) -> None:
     """Copy a notebook without outputs, counts and metadata that an editor changes."""
-    write_text(copy, _dump(_strip(json.loads(source.read_text("utf-8")), outputs=False)))
+    write_text(copy, _repeatable(source, outputs=False))
 
 
 def run_stage(root: Path, title: str) -> None:
@@ -81,7 +85,7 @@ def run_stage(root: Path, title: str) -> None:
     _execute(root / stage.notebook, live, stage)
     if _inputs(root, stage) != before:
         raise Refused(f"{title}: code or parameters changed while it ran, so this result is not recorded; run `dvc repro` again")
-    write_text(root / stage.executed, _dump(_strip(json.loads(live.read_text("utf-8")), outputs=True)))
+    write_text(root / stage.executed, _repeatable(live, outputs=True))
     live.unlink()
 
 
@@ -95,22 +99,18 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
     for number in SIGNALS:
         signal.signal(number, _stop_kernel)
     to_log()
+    kernel = {
+        "kernel_name": "python3",
+        "extra_arguments": [
+            "--IPKernelApp.log_level=CRITICAL",  # it warns of its sockets and reports the end of the run as an error
+            "--IPKernelApp.capture_fd_output=False",  # what its child processes print would be shown twice
+        ],
+        "shutdown_kernel": "immediate",  # its files are whole when its last cell ends; taking torch apart would cost 1 s per stage
+    }
+    shown = {"progress_bar": False, "log_output": True, "stdout_file": sys.stdout, "stderr_file": sys.stderr}
+    parameters = {"name": stage.name} if stage.name else {}
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(live),
-            parameters={"name": stage.name} if stage.name else {},
-            kernel_name="python3",
-            progress_bar=False,
-            extra_arguments=[
-                "--IPKernelApp.log_level=CRITICAL",  # it warns of its sockets and reports the end of the run as an error
-                "--IPKernelApp.capture_fd_output=False",  # what its child processes print would be shown twice
-            ],
-            shutdown_kernel="immediate",  # its files are whole when its last cell ends; taking torch apart would cost 1 s per stage
-            log_output=True,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-        )
+        papermill.execute_notebook(str(notebook), str(live), parameters, **kernel, **shown)
     except RuntimeError as error:  # so says nbclient, and jupyter_client until a kernel has begun, that it died
         if {signal.getsignal(number) for number in SIGNALS} != {_stop_kernel}:  # a cluster asks all processes at once to stop
             print(f"{stage.title}: stopped; {kept}", file=sys.stderr, flush=True)
@@ -123,9 +123,8 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
         if error.ename in ("Refused", "Diverged"):
             raise Refused(error.evalue) from None
         where = live.relative_to(Path.cwd()) if live.is_relative_to(Path.cwd()) else live
-        raise Refused(
-            f"{stage.title}: cell {error.exec_count} failed with {error.ename}: {error.evalue} (the notebook as far as it came: {where})"
-        ) from None
+        what = f"cell {error.exec_count} failed with {error.ename}: {error.evalue}"
+        raise Refused(f"{stage.title}: {what} (the notebook as far as it came: {where})") from None
 
 
 def _share_cores() -> None:
@@ -166,39 +165,26 @@ def _inputs(root: Path, stage: Stage) -> str:
     return digest.hexdigest()
 
 
-def _fill(text: str, values: dict[str, str]) -> str:
-    return re.sub(r"\$\{([\w.]+)\}", lambda match: values[match[1]], text)
-
-
-def _strip(notebook: dict[str, Any], outputs: bool) -> dict[str, Any]:
+def _repeatable(path: Path, outputs: bool) -> str:
     """What repeats of a notebook: equal work gives equal bytes."""
-    notebook["metadata"] = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
+    notebook = json.loads(path.read_text("utf-8"))
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook |= {"metadata": {"kernelspec": kernel, "language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
     for i, cell in enumerate(notebook["cells"]):
         tags = cell["metadata"].get("tags")
         cell["id"], cell["source"], cell["metadata"] = f"cell-{i}", "".join(cell["source"]), {"tags": tags} if tags else {}
         if cell["cell_type"] == "code":
             cell["execution_count"] = None
-            cell["outputs"] = [_repeatable(output) for output in cell["outputs"] if output.get("name") != "stderr"] if outputs else []
-    return {**notebook, "nbformat": 4, "nbformat_minor": 5}
+            cell["outputs"] = [_stripped(output) for output in cell["outputs"] if output.get("name") != "stderr"] if outputs else []
+    return json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def _repeatable(output: dict[str, Any]) -> dict[str, Any]:
-    if "execution_count" in output:
-        output["execution_count"] = None
-    output.pop("metadata", None)
-    if output["output_type"] in ("display_data", "execute_result"):
-        output["metadata"] = {}
+def _stripped(output: dict[str, Any]) -> dict[str, Any]:
+    output |= {key: empty for key, empty in (("execution_count", None), ("metadata", {})) if key in output}
     for holder, key in ((output, "text"), (output.get("data", {}), "text/plain")):
         if key in holder:
             holder[key] = _ADDRESS.sub("", "".join(holder[key]))
     return output
-
-
-def _dump(notebook: dict[str, Any]) -> str:
-    return json.dumps(notebook, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def main() -> None:
@@ -207,8 +193,7 @@ def main() -> None:
     cleaning = commands.add_parser("clean")
     cleaning.add_argument("source", type=Path)
     cleaning.add_argument("copy", type=Path)
-    running = commands.add_parser("run")
-    running.add_argument("stage")
+    commands.add_parser("run").add_argument("stage")
     given = parser.parse_args()
     with refusals_in_one_line():
         if given.command == "clean":

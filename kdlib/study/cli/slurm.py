@@ -68,8 +68,10 @@ def submit_job(root: Path, asked: Asked) -> str:
         shutil.rmtree(folder, ignore_errors=True)  # submitit leaves there what it would have begun
         why = " ".join(str(error).replace("sbatch: error: ", "").split())
         raise Refused(f"sbatch: found {why!r}; allowed: what this cluster grants; `sinfo` shows its partitions and their limits") from None
+    asked_state = ["squeue", "--noheader", f"--job={job.job_id}", "--format=%T (%r)"]  # with its reason, of a job that can never begin too
+    state = subprocess.run(asked_state, check=False, capture_output=True, text=True).stdout.strip() or "submitted"
     return (
-        f"job {job.job_id}: {_state(job.job_id)}\n"
+        f"job {job.job_id}: {state}\n"
         f"What it says: {job.paths.stdout} (nothing there once it runs: its machine does not see this folder)\n"
         f"It goes on by itself after pre-emption and after every {asked.hours:g} h; `scancel {job.job_id}` ends it, "
         "and the same command goes on from there"
@@ -102,12 +104,6 @@ def _parameters(root: Path, asked: Asked, launch: Launch) -> dict[str, object]:
     }
     wanted |= {key: value for key, value in (("partition", asked.partition), ("gpus_per_node", asked.gpus)) if value}
     return wanted | {"additional_parameters": {"requeue": True} | {key: value or True for key, _, value in options}}
-
-
-def _state(job: str) -> str:
-    """In Slurm's words, with its reason: of a job that can never begin too."""
-    asked = ["squeue", "--noheader", f"--job={job}", "--format=%T (%r)"]
-    return subprocess.run(asked, check=False, capture_output=True, text=True).stdout.strip() or "submitted"
 
 
 @dataclass

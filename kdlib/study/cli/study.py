@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -35,7 +35,6 @@ STUDIES = "studies"  # of the project: all but the default one, which is the pro
 VERDICTS = "results/verdicts.csv"
 PLAN = "build/plan.csv"
 SHIPPED = ".state/shipped_verdicts.csv"  # without git: the verdicts that came with the files
-MARKERS = "results"
 
 
 def find_study(name: str | None) -> Path:
@@ -74,7 +73,8 @@ def run_study(root: Path) -> None:
     """`dvc repro`, one study at a time in a project; then the headline and the comparison with the committed verdicts."""
     check_study(root)
     with _alone(root) as lock:
-        _without_git(root)
+        if not _in_git(root):  # a downloaded zip: DVC is told so in its local configuration
+            subprocess.run([sys.executable, "-m", "dvc", "config", "--local", "core.no_scm", "true"], cwd=root, check=True)
         committed = _committed(root)
         # all data first: a folder that is missing is found before any teacher is trained
         for stages in _stages(root):
@@ -91,28 +91,22 @@ def _stages(root: Path) -> list[list[str]]:
     Where study.missing is blank, data sets whose path is an environment variable that is not set are left out, with what needs them; if
     that is all of them, none is, and the first is refused.
     """
-    params = config.load(root)
-    unset = {name for name, item in params.data.items() if hasattr(item, "path") and not _is_set(item.path)}
-    kept = [name for name in params.data if name not in unset]
+    from kdlib.data.paths import resolve_path  # noqa: PLC0415 (see ``check_study``)
+
+    params, kept = config.load(root), []
+    for name, item in params.data.items():
+        with suppress(Refused):
+            if hasattr(item, "path"):
+                resolve_path("", item.path)
+            kept.append(name)
+    unset = sorted(params.data.keys() - set(kept))
     if not unset or not kept or params.study.missing != "blank":
         return [["data"], []]
-    print(
-        f"leaves out {', '.join(sorted(unset))}, with what needs it: the path is an environment variable that is not set", file=sys.stderr
-    )
+    print(f"leaves out {', '.join(unset)}, with what needs it: the path is an environment variable that is not set", file=sys.stderr)
     teachers = [f"teacher@{name}" for name, item in params.teachers.items() if item.data in kept]
     comparisons = [f"distill@{name}" for name, item in params.comparisons.items() if item.data in kept]
     tables_alone = ["--single-item", "notebook@4_tables", "tables", "readme"]
     return [[f"data@{name}" for name in kept], teachers + comparisons, tables_alone]
-
-
-def _is_set(path: str) -> bool:
-    from kdlib.data.paths import resolve_path  # noqa: PLC0415 (see ``check_study``)
-
-    try:
-        resolve_path("", path)
-    except Refused:
-        return False
-    return True
 
 
 def join_study(root: Path) -> None:
@@ -155,7 +149,7 @@ def readme(root: Path) -> None:
     """Put results/headline.md between README's markers."""
     path = root / "README.md"
     text = path.read_text("utf-8")
-    filled = insert_between_markers(text, (root / "results" / "headline.md").read_text("utf-8").strip(), MARKERS)
+    filled = insert_between_markers(text, (root / "results" / "headline.md").read_text("utf-8").strip(), "results")
     if filled != text:
         write_text(path, filled)
 
@@ -196,9 +190,8 @@ def compare(committed: pd.DataFrame, measured: pd.DataFrame) -> tuple[int, list[
 def _report(root: Path, committed: str | None) -> str:
     headline = (root / "results" / "headline.md").read_text("utf-8").strip()
     here = root.relative_to(Path.cwd()) if root.is_relative_to(Path.cwd()) else root
-    places = {"Tables": "results/tables", "figures": "results/figures", "every run": "results/runs.csv"}
-    places |= {"executed notebooks": "runs/notebooks"}
-    lines = ["", headline, "", "   ".join(f"{what}: {here / place}" for what, place in places.items())]
+    places = f"Tables: {here / 'results/tables'}   figures: {here / 'results/figures'}   every run: {here / 'results/runs.csv'}"
+    lines = ["", headline, "", f"{places}   executed notebooks: {here / 'runs/notebooks'}"]
     if committed is None:
         return "\n".join([*lines, "No committed verdicts to compare with."])
     before, after = (pd.read_csv(source) for source in (io.StringIO(committed), root / VERDICTS))
@@ -217,16 +210,8 @@ def _committed(root: Path) -> str | None:
 
 
 def _in_git(root: Path) -> bool:
-    try:
-        return subprocess.run(["git", "rev-parse"], cwd=root, check=False, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-def _without_git(root: Path) -> None:
-    """A downloaded zip has no .git: tell DVC so, once, in its local configuration."""
-    if not _in_git(root):
-        subprocess.run([sys.executable, "-m", "dvc", "config", "--local", "core.no_scm", "true"], cwd=root, check=True)
+    command = ["git", "rev-parse"]
+    return shutil.which("git") is not None and subprocess.run(command, cwd=root, check=False, capture_output=True).returncode == 0
 
 
 def _studies(root: Path) -> list[Path]:
@@ -237,17 +222,8 @@ def _studies(root: Path) -> list[Path]:
 
 def _used(root: Path) -> set[str]:
     """Fingerprints of the runs that the runs/ of the project's studies were filled from."""
-    places = [folder / place for folder in _studies(root) for place in (DISTILL, TEACHERS)]
-    return {read_json(path)["fingerprint"] for place in places for path in place.rglob("run.json")}
-
-
-def _add_submit(parser: argparse.ArgumentParser) -> None:
-    hours, gpus = "at a time; a job that used them up goes on in another turn", "on each machine: as many as study.launch.processes"
-    parser.add_argument("--hours", type=float, required=True, metavar="H", help=hours)
-    parser.add_argument("--partition", metavar="P", help="without it Slurm's default")
-    parser.add_argument("--gpus", type=int, default=0, metavar="N", help=f"{gpus}; without it none")
-    parser.add_argument("--cores", type=int, metavar="N", help="on each machine; without it one for each process")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch, such as account=abc")
+    paths = [path for folder in _studies(root) for place in (DISTILL, TEACHERS) for path in (folder / place).rglob("run.json")]
+    return {read_json(path)["fingerprint"] for path in paths}
 
 
 def main() -> None:
@@ -256,7 +232,13 @@ def main() -> None:
     for name in ("run", "join", "submit", "check", "plan", "readme"):
         commands.add_parser(name).add_argument("study", nargs="?")
     commands.choices["plan"].add_argument("--steps", type=int, choices=range(1001), metavar="N", default=5)
-    _add_submit(commands.choices["submit"])
+    submit, hours = commands.choices["submit"], "at a time; a job that used them up goes on in another turn"
+    gpus = "on each machine: as many as study.launch.processes; without it none"
+    submit.add_argument("--hours", type=float, required=True, metavar="H", help=hours)
+    submit.add_argument("--partition", metavar="P", help="without it Slurm's default")
+    submit.add_argument("--gpus", type=int, default=0, metavar="N", help=gpus)
+    submit.add_argument("--cores", type=int, metavar="N", help="on each machine; without it one for each process")
+    submit.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch, such as account=abc")
     commands.add_parser("gc").add_argument("--free", action="store_true")
     given = parser.parse_args()
     with refusals_in_one_line():

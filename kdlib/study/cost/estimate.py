@@ -8,12 +8,31 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.study.cost.measure import BACKWARD, Cost
-
+BACKWARD = 2  # forward passes that a backward pass costs
 NEWEST = 2  # checkpoints that are kept of a run until it is finished (kdlib.engine.checkpoint)
 COPIES = 3  # of a finished run's weights: in the run store, below runs/, in DVC's cache (where that cannot link)
 Number = int | float  # NaN: unknown, or not measured
 _ADDED = ("runs", "images", "flops", "hours", "wall_hours", "weights_bytes", "answers_bytes")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of runs that train together. Memory is None and seconds are NaN where nothing was measured."""
+
+    learners: int
+    student_flops: int  # of one forward pass of one image
+    teacher_flops: int  # the same; 0 where nobody asks the teacher
+    checkpoint_bytes: int  # of one checkpoint of each
+    weights_bytes: int  # of all, their averages included
+    answers_bytes: int  # of the teacher's answers to one batch
+    seconds: float = math.nan  # for each image of the stream: views, teacher, all students
+    peak_bytes: int | None = None  # of memory, in one process
+    decoding: float = math.nan  # seconds for each image of the stream until its pixels are there, relative to those for the rest
+
+    @property
+    def operations(self) -> int:
+        """For each image of the stream, with the backward passes of all students."""
+        return (1 + BACKWARD) * self.learners * self.student_flops + self.teacher_flops
 
 
 @dataclass(frozen=True)
@@ -47,19 +66,19 @@ def forecast(row: Row, stages: Sequence[Sequence[Cost]], images: int, cores: int
     ``cores``: how many groups train side by side; ``processes``: how many train one group together.
     """
     groups = [cost for stage in stages for cost in stage]
-    seconds = [[images * _or_nan(cost.seconds) for cost in stage] for stage in stages]
+    seconds = [[images * cost.seconds for cost in stage] for stage in stages]
     worked, hours = sum(map(sum, seconds)), sum(makespan(stage, cores) for stage in seconds) / 3600
     return replace(
         row,
         images=row.runs * images,
-        flops=sum(images * ((1 + BACKWARD) * cost.learners * cost.student_flops + cost.teacher_flops) for cost in groups),
+        flops=sum(images * cost.operations for cost in groups),
         images_a_second=row.runs * images / worked if worked else math.nan,
         hours=hours,
         wall_hours=hours / processes,
-        peak_bytes=_most(_or_nan(cost.peak_bytes) for cost in groups),
-        checkpoint_bytes=max(checkpoints(stage, cores) for stage in stages),
+        peak_bytes=_most(math.nan if cost.peak_bytes is None else cost.peak_bytes for cost in groups),
+        checkpoint_bytes=NEWEST * max(sum(heapq.nlargest(cores, (cost.checkpoint_bytes for cost in stage))) for stage in stages),
         weights_bytes=COPIES * sum(cost.weights_bytes for cost in groups),
-        decoding=max((cost.decoding for cost in groups if cost.decoding is not None), default=math.nan),
+        decoding=float(np.fmax.reduce([cost.decoding for cost in groups], initial=math.nan)),  # the largest that is known
     )
 
 
@@ -78,9 +97,10 @@ def makespan(seconds: Sequence[Number], processes: int) -> float:
     return _most(free)
 
 
-def checkpoints(groups: Sequence[Cost], processes: int) -> int:
-    """The most bytes that checkpoints of unfinished runs take, where so many groups train side by side."""
-    return NEWEST * sum(heapq.nlargest(processes, (cost.checkpoint_bytes for cost in groups)))
+def extrapolated(less: tuple[int, int], more: tuple[int, int], images: int) -> int:
+    """The bytes that ``images`` take, from (images, bytes) of two smaller groups: what a net keeps for its backward pass grows in line."""
+    (few, low), (many, high) = less, more
+    return round(high + (high - low) / (many - few) * (images - many))
 
 
 def largest_group(peak_bytes: Callable[[int], int | None], group: int, room: int) -> int | None:
@@ -94,10 +114,6 @@ def largest_group(peak_bytes: Callable[[int], int | None], group: int, room: int
             return group
         group = 0 if group % 2 else group // 2
     return None
-
-
-def _or_nan(value: Number | None) -> Number:
-    return math.nan if value is None else value
 
 
 def _most(values: Iterable[Number]) -> float:

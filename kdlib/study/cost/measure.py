@@ -1,10 +1,10 @@
 """A few steps of the engine, to know what all of them will cost: seconds and memory on this device, bytes of what is written."""
 
+import io
 import time
-from collections.abc import Callable, Mapping, Sized
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, cast
 
 import psutil
 import torch
@@ -21,37 +21,9 @@ from kdlib.engine.record import forward_flops, weights
 from kdlib.engine.setting import Images, Setting, begin, view_stream
 from kdlib.engine.teacher_cache import TeacherCache
 from kdlib.losses.base import Method
+from kdlib.study.cost.estimate import Cost, extrapolated
 from kdlib.views.mixup import mix_groups
 from kdlib.views.stream import ViewStream
-
-BACKWARD = 2  # forward passes that a backward pass costs
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of runs that train together. Bytes of memory and seconds are None where nothing was measured."""
-
-    learners: int
-    student_flops: int  # of one forward pass of one image
-    teacher_flops: int  # the same; 0 where nobody asks the teacher
-    seconds: float | None  # for each image of the stream: views, teacher, all students
-    peak_bytes: int | None  # of memory, in one process
-    checkpoint_bytes: int  # of one checkpoint of each
-    weights_bytes: int  # of all, their averages included
-    answers_bytes: int  # of the teacher's answers to one batch
-    decoding: float | None = None  # seconds for each image of the stream until its pixels are there, relative to those for the rest
-
-
-def seconds_an_image(passes: tuple[float, int], update: tuple[float, int]) -> float:
-    """From (seconds, images) of forward and backward passes, and of the optimisers' step, which is one for all images of a batch."""
-    return passes[0] / passes[1] + update[0] / update[1]
-
-
-def extrapolated(less: tuple[int, int], more: tuple[int, int], images: int) -> int:
-    """The bytes that ``images`` take, from (images, bytes) of two smaller groups: what a net keeps for its backward pass grows in line."""
-    (few, low), (many, high) = less, more
-    return round(high + (high - low) / (many - few) * (images - many))
-
 
 Methods = Mapping[str, Callable[[], Method]]  # by the name of the run
 WARM_UP = 2  # steps: kernels are chosen and an optimiser's state is made in the first, all is in its place in the second
@@ -82,19 +54,16 @@ class Trial:
         for learner in self.learners:
             learner.total_steps = learner.step + steps
         cache = TeacherCache(self.teacher, None, self.setting.recipe.batch_size, 1) if self.teacher else None
-        loop = TrainingLoop(self.learners, self.stream, cache, _no_top1, _no_checkpoint, float("inf"), self.setting.title, ahead)
-        return self._seconds(loop.run) / steps
+        validate, save = lambda _: 0.0, lambda _: None
+        loop = TrainingLoop(self.learners, self.stream, cache, validate, save, float("inf"), self.setting.title, ahead)
+        return self.seconds(loop.run) / steps
 
-    def advance(self) -> float:
-        """All optimisers' steps alone, by the gradients that there are. Returns their seconds."""
+    def advance(self) -> None:
+        """All optimisers' steps alone, by the gradients that there are."""
+        for learner in self.learners:
+            learner.advance()
 
-        def advance() -> None:
-            for learner in self.learners:
-                learner.advance()
-
-        return self._seconds(advance)
-
-    def _seconds(self, do: Callable[[], object]) -> float:
+    def seconds(self, do: Callable[[], object]) -> float:
         wait = torch.get_device_module(self.setting.device).synchronize
         wait()
         started = time.perf_counter()
@@ -110,14 +79,12 @@ def sizes(setting: Setting, methods: Methods) -> Cost:
     for learner in trial.learners:
         for parameter in (*learner.student.parameters(), *learner.method.parameters()):
             parameter.grad = torch.zeros_like(parameter)
-        learner.advance()  # an optimiser has its state after its first step
+    trial.advance()  # an optimiser has its state after its first step
     teacher = trial.teacher
     return Cost(
         learners=len(trial.learners),
         student_flops=forward_flops(trial.learners[0].student, *shape),
         teacher_flops=forward_flops(teacher, *shape) if teacher else 0,
-        seconds=None,
-        peak_bytes=None,
         checkpoint_bytes=sum(checkpoint_bytes(learner) for learner in trial.learners),
         weights_bytes=sum((1 + len(recipe.ema)) * len(save(weights(learner.student))) for learner in trial.learners),
         answers_bytes=TeacherCache(teacher, None, _group(setting), 1).bytes(mix_groups(recipe), trial.asks) if teacher else 0,
@@ -128,26 +95,27 @@ def cost(setting: Setting, methods: Methods, steps: int, processes: int) -> Cost
     """What it costs to train these together, from so many steps: of one of so many processes, which are taken not to wait for each other.
 
     Nothing is compiled where that is to be found out. On a CPU a mix group that would take many seconds is tried with fewer images, and
-    the memory of the whole one is extrapolated from two such sizes. ``seconds`` and ``peak_bytes`` are None with 0 steps, and where the
-    device's memory is too small.
+    the memory of the whole one is extrapolated from two such sizes. Nothing is measured with 0 steps, nor where the device's memory is
+    too small.
     """
     found = sizes(setting, methods)
     images = _tried(setting, found)
-    begun = _begun(_in_groups(setting, images), methods) if steps else None
+    begun = _begun(setting, methods, images) if steps else None
     if begun is None:
         return found
     peak, trial = begun
     step = trial.go(steps, trial.ahead)
-    update = min(trial.advance() for _ in range(steps))
+    update = min(trial.seconds(trial.advance) for _ in range(steps))
     del begun, trial
-    seconds = seconds_an_image((step - update, images), (update, setting.recipe.batch_size // processes))
+    # the optimisers' step is one for all images of a batch
+    seconds = (step - update) / images + update / (setting.recipe.batch_size // processes)
     return replace(found, seconds=seconds, peak_bytes=_of_whole_group(setting, methods, images, peak))
 
 
 def memory(setting: Setting, methods: Methods, found: Cost) -> int | None:
     """Peak memory of one process, or None if it is more than the device has. ``found``: their operations."""
     images = _tried(setting, found)
-    begun = _begun(_in_groups(setting, images), methods)
+    begun = _begun(setting, methods, images)
     return None if begun is None else _of_whole_group(setting, methods, images, begun[0])
 
 
@@ -174,31 +142,17 @@ def room(device: torch.device) -> int:
 
 def checkpoint_bytes(learner: Learner) -> int:
     """Of the file that it is written to."""
-    counted = _Counted()
-    torch.save(learner.state_dict(), cast(IO[bytes], counted))
-    return counted.size
+    file = io.BytesIO()
+    torch.save(learner.state_dict(), file)
+    return file.getbuffer().nbytes
 
 
-class _Counted:
-    """A file that keeps nothing."""
-
-    def __init__(self) -> None:
-        self.size = 0
-
-    def write(self, content: Sized) -> int:
-        self.size += len(content)
-        return len(content)
-
-    def flush(self) -> None:
-        pass
-
-
-def _begun(setting: Setting, methods: Methods) -> tuple[int, Trial] | None:
+def _begun(setting: Setting, methods: Methods, images: int) -> tuple[int, Trial] | None:
     """Peak memory of the first steps and of what is measured afterwards, and how it goes on; None where the device has not so much."""
     made = []
 
     def begin() -> None:
-        made.append(Trial(setting, methods))
+        made.append(Trial(_in_groups(setting, images), methods))
         made[0].go(WARM_UP, ahead=0)  # the CPU's memory is watched in this thread
         if setting.device.type == "cuda":  # on a CPU it would take minutes
             for model in (made[0].learners[0].student, *([setting.teacher] if setting.teacher else ())):
@@ -215,14 +169,13 @@ def _of_whole_group(setting: Setting, methods: Methods, images: int, peak: int) 
     """Peak memory with the setting's own mix groups, from that with so many images."""
     if images == _group(setting):
         return peak
-    twice = _begun(_in_groups(setting, 2 * images), methods)
+    twice = _begun(setting, methods, 2 * images)
     return None if twice is None else extrapolated((images, peak), (2 * images, twice[0]), _group(setting))
 
 
 def _tried(setting: Setting, found: Cost) -> int:
     """Images of a mix group that is tried."""
-    operations = (1 + BACKWARD) * found.learners * found.student_flops + found.teacher_flops
-    return _group(setting) if setting.device.type != "cpu" else min(_group(setting), max(2, int(CPU_STEP / operations)))
+    return _group(setting) if setting.device.type != "cpu" else min(_group(setting), max(2, int(CPU_STEP / found.operations)))
 
 
 def _group(setting: Setting) -> int:
@@ -232,11 +185,3 @@ def _group(setting: Setting) -> int:
 def _in_groups(setting: Setting, images: int) -> Setting:
     """With one mix group of so many images for a batch: the unit that fills a device."""
     return replace(setting, recipe=setting.recipe.model_copy(update={"batch_size": images, "group_size": None}))
-
-
-def _no_top1(_: Learner) -> float:
-    return 0.0
-
-
-def _no_checkpoint(_: Learner) -> None:
-    pass

@@ -24,8 +24,7 @@ from kdlib.models.build import build
 from kdlib.parallel.placement import Placement
 from kdlib.parallel.workers import side_by_side
 from kdlib.study.cost import measure
-from kdlib.study.cost.estimate import Row, forecast, largest_group
-from kdlib.study.cost.measure import Cost
+from kdlib.study.cost.estimate import Cost, Row, forecast, largest_group
 from kdlib.study.cost.synthetic_data import Facts, facts, imagined
 from kdlib.study.training import identity
 from kdlib.study.training.checks import check_against_data
@@ -140,9 +139,8 @@ class Outlook:
     @property
     def where(self) -> str:
         """The device, in words."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"this CPU, {self.cores} side by side" if self.cores > 1 else "this CPU"
+        cpu = f"this CPU, {self.cores} side by side" if self.cores > 1 else "this CPU"
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
 
     def rows(self) -> list[Row]:
         """The teachers that are to be trained, then the comparisons. Raises ``Refused`` for the first that memory is too small for."""
@@ -166,12 +164,12 @@ class Outlook:
         for count in sorted({kind.threads for kind in kinds}):
             alike = [kind for kind in kinds if kind.threads == count]
             numbered = [(f"{number} of {len(kinds)}", kind) for number, kind in enumerate(alike, start=len(costs) + 1)]
-            costs |= dict(zip(alike, side_by_side(cost, numbered, self._beside(count)), strict=True))
+            costs |= dict(zip(alike, side_by_side(cost, numbered, max(1, self.cores // count)), strict=True))
         return {kind: self._decoded(kind, cost) for kind, cost in costs.items()}
 
     def _decoded(self, kind: Kind, cost: Cost) -> Cost:
         """With the time in which its images are decoded: beside what a GPU does, but by the cores that a CPU would train with."""
-        if cost.seconds is None or kind.data not in self.listed:
+        if math.isnan(cost.seconds) or kind.data not in self.listed:
             return cost
         seconds = self._decoding(kind.data, kind.recipe)
         together = cost.seconds + seconds if self.device.type == "cpu" else max(cost.seconds, seconds)
@@ -184,12 +182,9 @@ class Outlook:
         stream = ViewStream(train.images, train.labels, index, classes=data.classes, recipe=recipe_params, hflip=data.hflip, seed=0)
         return measure.decoding(stream, launch.processes, launch.nodes)
 
-    def _beside(self, count: int) -> int:
-        """Processes of so many threads that train at once."""
-        return max(1, self.cores // count)
-
     def _check_memory(self, kind: Kind, cost: Cost, user: str) -> None:
-        recipe, room = self.params.recipes[kind.recipe], measure.room(self.device) // self._beside(kind.threads)
+        at_once = max(1, self.cores // kind.threads)
+        recipe, room = self.params.recipes[kind.recipe], measure.room(self.device) // at_once
         if cost.peak_bytes is not None and cost.peak_bytes <= room:
             return
         setting, methods = _setting(self.params, self.facts[kind.data], self.device, kind)

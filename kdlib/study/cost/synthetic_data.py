@@ -1,13 +1,11 @@
 """Data sets that are not there: how large one will be, and random images of its shape, to try training on before any image is read."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from kdlib.config.schema import DataSource, Imagenet, Originals
+from kdlib.config.schema import Cifar100, DataSource, Digits, Fractals, Imagenet, Originals
 from kdlib.data.dataset import DataSet, Split
 from kdlib.data.sources import Shape, declared_shape, digits
 from kdlib.files import read_json
@@ -27,32 +25,27 @@ class Facts:
     assumed: bool = False  # nobody has counted: as many as ImageNet's
 
 
-def _of_imagenet(source: Imagenet | Originals) -> int:
-    """Wrong by up to half an image of each class, since the validation images are drawn class by class."""
-    return IMAGENET - round(source.val_fraction * IMAGENET)
-
-
-# Training images, for the sources of which params.yaml tells them.
-KNOWN: dict[str, Callable[[Any], int]] = {
-    "digits": lambda source: len(digits.contents("digits", source).labels["train"]),
-    "fractals": lambda source: source.classes * source.train_per_class,
-    "cifar100": lambda source: 100 * (500 - max(1, round(source.val_fraction * 500))),
-    "imagenet": _of_imagenet,
-    "originals": _of_imagenet,
-}
+def _counted(source: DataSource) -> int | None:
+    """Training images, of the sources of which params.yaml tells them."""
+    match source:
+        case Digits():
+            return len(digits.contents("digits", source).labels["train"])
+        case Fractals():
+            return source.classes * source.train_per_class
+        case Cifar100():
+            return 100 * (500 - max(1, round(source.val_fraction * 500)))
+        case Imagenet() | Originals():  # wrong by up to half an image of each class: the validation images are drawn class by class
+            return IMAGENET - round(source.val_fraction * IMAGENET)
+    return None
 
 
 def facts(name: str, source: DataSource, folder: Path) -> Facts | None:
     """As the data stage has found them, if ``folder`` holds a data set of this source and size; else as params.yaml tells; else None."""
-    path = folder / "data.json"
-    if path.is_file():
-        written = read_json(path)
-        if written["source"] == source.source and written["size"] == declared_shape(source)[2]:
-            shape = written["classes"], written["channels"], written["size"]
-            return Facts(name, shape, source.hflip, written["counts"]["train"])
-    if source.source not in KNOWN:
-        return None
-    return Facts(name, declared_shape(source), source.hflip, KNOWN[source.source](source), source.source == "originals")
+    written, declared = read_json(folder / "data.json") if (folder / "data.json").is_file() else {}, declared_shape(source)
+    if written.get("source") == source.source and written["size"] == declared[2]:
+        return Facts(name, (written["classes"], written["channels"], written["size"]), source.hflip, written["counts"]["train"])
+    images = _counted(source)
+    return None if images is None else Facts(name, declared, source.hflip, images, source.source == "originals")
 
 
 def imagined(of: Facts) -> DataSet:
@@ -60,9 +53,7 @@ def imagined(of: Facts) -> DataSet:
     classes, channels, size = of.shape
     noise = generator(0, "imagined").integers(0, 256, size * size * channels + of.train_images, np.uint8)
     shape, strides = (of.train_images, size, size, channels), (1, size * channels, channels, 1)
-    split = Split(
-        np.lib.stride_tricks.as_strided(noise, shape, strides, writeable=False),
-        np.arange(of.train_images, dtype=np.int64) % classes,
-    )
+    images = np.lib.stride_tricks.as_strided(noise, shape, strides, writeable=False)
+    split = Split(images, np.arange(of.train_images, dtype=np.int64) % classes)
     names, half = [str(label) for label in range(classes)], (0.5,) * channels
     return DataSet(of.name, classes, names, size, channels, of.hflip, half, half, "", split, split, split)

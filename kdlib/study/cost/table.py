@@ -28,7 +28,12 @@ def screen(rows: Sequence[Row], on_gpu: bool) -> str:
     widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH and max(widths[:names]) > SHORTEST:
         widths[widths.index(max(widths[:names]))] -= 1
-    return "\n".join(_line(line, widths, names) for line in (heads, *cells))
+    lines = []
+    for line in (heads, *cells):
+        cut = [cell if len(cell) <= width else cell[: width - 1] + "…" for cell, width in zip(line, widths, strict=True)]
+        aligned = [cell.ljust(width) if i < names else cell.rjust(width) for i, (cell, width) in enumerate(zip(cut, widths, strict=True))]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
 
 
 def notes(rows: Sequence[Row], where: str, steps: int, processes: int, assumed: Sequence[str]) -> list[str]:
@@ -47,11 +52,8 @@ def notes(rows: Sequence[Row], where: str, steps: int, processes: int, assumed: 
     if shared := sum(row.shared for row in rows):
         lines.append(f"{shared} runs that an earlier comparison makes too are counted there")
     lines += [f"{data}: counted as ImageNet's official images, and not decoded, since the data stage has not run" for data in assumed]
-    lines += [
-        f"{row.name}: reading and decoding take {row.decoding:.2g} times what training takes; more cores would help"
-        for row in rows
-        if row.decoding > 1
-    ]
+    slow = [row for row in rows if row.decoding > 1]
+    lines += [f"{row.name}: reading and decoding take {row.decoding:.2g} times what training takes; more cores would help" for row in slow]
     wall = total(rows).wall_hours
     if processes > 1 and not math.isnan(wall):
         lines.append(f"time is that of one of {processes} processes times {processes}; on the clock, if they do not wait, {duration(wall)}")
@@ -60,12 +62,6 @@ def notes(rows: Sequence[Row], where: str, steps: int, processes: int, assumed: 
         for row in rows
         if row.live_bytes
     ]
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], names: int) -> str:
-    shown = [cell if len(cell) <= width else cell[: width - 1] + "…" for cell, width in zip(cells, widths, strict=True)]
-    aligned = [cell.ljust(width) if i < names else cell.rjust(width) for i, (cell, width) in enumerate(zip(shown, widths, strict=True))]
-    return "  ".join(aligned).rstrip()
 
 
 def _numbers(row: Row) -> list[str]:

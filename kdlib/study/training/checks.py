@@ -4,7 +4,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 
 import torch
@@ -103,12 +103,13 @@ def check_method(key: str, name: str, parameters: Mapping[str, float]) -> None:
 
 def check_against_data(params: Params, data: DataSet) -> None:
     """Batch sizes, models and methods of everything that uses this data set. Raises ``Refused``."""
-    for name, teacher in params.teachers.items():
-        if teacher.data == data.name:
-            _check_batch(params, teacher.recipe, f"teachers.{name}", len(data.train.labels))
-    for name, comparison in params.comparisons.items():
-        if comparison.data == data.name:
-            _check_batch(params, comparison.recipe, f"comparisons.{name}", len(subset(data.train.labels, comparison.fraction, seed=0)))
+    users = [(f"teachers.{name}", item.recipe, 1.0) for name, item in params.teachers.items() if item.data == data.name]
+    users += [(f"comparisons.{name}", item.recipe, item.fraction) for name, item in params.comparisons.items() if item.data == data.name]
+    for user, recipe, fraction in users:
+        batch, images = params.recipes[recipe].batch_size, len(subset(data.train.labels, fraction, seed=0))
+        if batch > images:
+            allowed = f"at most the {images} training images of {user}"
+            raise refuse(f"recipes.{recipe}.batch_size", batch, allowed, "make it smaller, or use more data")
     _check_users(params, data.name, (data.classes, data.channels, data.size))
 
 
@@ -172,20 +173,11 @@ def _check_optimizer(key: str, recipe: Recipe) -> None:
         raise refuse(key, recipe.optimizer, f"an optimiser that works on this machine ({error})", "choose another, such as sgd") from error
 
 
-def _check_batch(params: Params, recipe: str, user: str, images: int) -> None:
-    batch = params.recipes[recipe].batch_size
-    if batch > images:
-        allowed = f"at most the {images} training images of {user}"
-        raise refuse(f"recipes.{recipe}.batch_size", batch, allowed, "make it smaller, or use more data")
-
-
-@contextmanager
-def full_memory_refused(name: str, recipe: Recipe) -> Iterator[None]:
+def full_memory_refused(name: str, recipe: Recipe) -> AbstractContextManager[None]:
     """The GPU's memory running out in a training by this recipe becomes one line that says what to change."""
     allowed = "what fits; `python -m kdlib.study plan` finds the largest that does"
     do = "set it lower (it changes which images are mixed and normalised together), train fewer methods at once, or use a larger GPU"
-    with out_of_memory_refused(f"recipes.{name}.group_size", recipe.batch_size // mix_groups(recipe), allowed, do):
-        yield
+    return out_of_memory_refused(f"recipes.{name}.group_size", recipe.batch_size // mix_groups(recipe), allowed, do)
 
 
 @contextmanager

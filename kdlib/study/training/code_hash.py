@@ -4,7 +4,7 @@ import ast
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from functools import cache
 from importlib.util import resolve_name
 from pathlib import Path
@@ -52,11 +52,6 @@ def path(module: str) -> Path:
     return package if package.is_file() else base.with_suffix(".py")
 
 
-def _package(module: str) -> str:
-    """The package that a module's relative imports start from."""
-    return module if path(module).name == "__init__.py" else module.rpartition(".")[0]
-
-
 def _reloads() -> int:
     """0: the code in memory is that of the start. Where IPython's %autoreload loads edited modules before every cell: the cell's number.
 
@@ -75,7 +70,8 @@ def _source(module: str, _cell: int) -> bytes:
 
 @cache
 def _imports(module: str, cell: int) -> frozenset[str]:
-    named = {name for name in _named(_package(module), _source(module, cell)) if name.partition(".")[0] == "kdlib"}
+    package = module if path(module).name == "__init__.py" else module.rpartition(".")[0]
+    named = {name for name in _named(package, _source(module, cell)) if name.partition(".")[0] == "kdlib"}
     found = {name for name in named if path(name).is_file()}
     found |= {name.rpartition(".")[0] for name in named | {module}} - {"kdlib", ""}
     takes = any(name.count(".") == 1 for name in named - found)
@@ -85,17 +81,14 @@ def _imports(module: str, cell: int) -> frozenset[str]:
 @cache
 def _named(package: str, source: bytes) -> frozenset[str]:
     """Everything that may be a module: what is imported, and what a text names alone (``python -m`` takes it, as lazy imports do)."""
-    return frozenset(name for node in ast.walk(ast.parse(source)) for name in _names(package, node))
-
-
-def _names(package: str, node: ast.AST) -> Iterator[str]:
-    match node:
-        case ast.ImportFrom():
-            base = resolve_name("." * node.level + (node.module or ""), package)
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-            if base != "kdlib":
-                yield base
-        case ast.Import():
-            yield from (alias.name for alias in node.names)
-        case ast.Constant(value=str(text)) if "." in text and all(part.isidentifier() for part in text.split(".")):
-            yield text
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.ImportFrom():
+                base = resolve_name("." * node.level + (node.module or ""), package)
+                names |= {f"{base}.{alias.name}" for alias in node.names} | ({base} - {"kdlib"})
+            case ast.Import():
+                names |= {alias.name for alias in node.names}
+            case ast.Constant(value=str(text)) if "." in text and all(part.isidentifier() for part in text.split(".")):
+                names.add(text)
+    return frozenset(names)

@@ -12,27 +12,9 @@ FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 # What sees the names of locals, a docstring or printed text while a program runs. A module that mentions one is left as it is written.
 SEES_WORDS = frozenset(
     [
-        "locals",
-        "eval",
-        "exec",
-        "query",
-        "numexpr",
-        "_getframe",
-        "currentframe",
-        "f_locals",
-        "f_code",
-        "getsource",
-        "co_varnames",
-        "co_freevars",
-        "co_cellvars",
-        "co_consts",
-        "__qualname__",
-        "__doc__",
-        "getdoc",
-        "__future__",
-        "redirect_stdout",
-        "redirect_stderr",
-        "*",
+        *("locals", "f_locals", "f_code", "_getframe", "currentframe", "co_varnames", "co_freevars", "co_cellvars", "co_consts"),
+        *("eval", "exec", "query", "numexpr", "getsource", "getdoc", "__doc__", "__qualname__"),
+        *("redirect_stdout", "redirect_stderr", "__future__", "*"),
     ]
 )
 REFUSALS = frozenset({"refuse", "Refused"})
@@ -129,6 +111,14 @@ class _Variables(ast.NodeVisitor):
             if node:
                 self.visit(node)
 
+    def _visit_body(self, body: Iterable[ast.AST], names: set[str]) -> set[str]:
+        """Of a function or a class, in a scope that has these names. Returns all that are bound in it."""
+        self._scopes.append(names)
+        self._functions.append(names)
+        self._visit_all(body)
+        self._functions.pop()
+        return self._scopes.pop()
+
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load):
             self._reads.append((node.id, self._scopes.copy()))
@@ -148,11 +138,7 @@ class _Variables(ast.NodeVisitor):
         self.visit(args)  # defaults and annotations are looked up outside
         names = {arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg) if arg}
         self._kept |= names
-        self._scopes.append(names)
-        self._functions.append(names)
-        self._visit_all([node.body] if isinstance(node, ast.Lambda) else node.body)
-        self._scopes.pop()
-        self._functions.pop()
+        self._visit_body([node.body] if isinstance(node, ast.Lambda) else node.body, names)
 
     visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
 
@@ -168,13 +154,7 @@ class _Variables(ast.NodeVisitor):
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         self._kept.add(node.name)
         self._visit_all([*node.decorator_list, *node.bases, *node.keywords])
-        attributes: set[str] = set()
-        self._scopes.append(attributes)
-        self._functions.append(attributes)
-        self._visit_all(node.body)
-        self._kept |= attributes
-        self._scopes.pop()
-        self._functions.pop()
+        self._kept |= self._visit_body(node.body, set())  # its attributes
 
     def visit_ExceptHandler(self, node: ast.ExceptHandler | ast.MatchAs | ast.MatchStar | ast.MatchMapping) -> None:
         field = "rest" if isinstance(node, ast.MatchMapping) else "name"
@@ -206,13 +186,13 @@ def _messages(nodes: list[ast.AST]) -> Iterator[ast.expr]:
     raised = {id(node.exc) for node in nodes if isinstance(node, ast.Raise)}
     for node in nodes:
         match node:
-            case ast.Call(func=ast.Name(id=name)):
-                known = name in ours
-            case ast.Call(func=ast.Attribute(value=owner, attr=name)):
+            case ast.Call(func=ast.Name(id=name) as owner) | ast.Call(func=ast.Attribute(value=owner, attr=name)):
                 known = isinstance(owner, ast.Name) and owner.id in ours
             case _:
                 continue
-        is_report = (known and name in REPORTS and _on_console(node)) or name in BAR_REPORTS
+        files = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg in ("file", None)]
+        on_console = all(file in ("sys.stdout", "sys.stderr") for file in files)
+        is_report = (known and name in REPORTS and on_console) or name in BAR_REPORTS
         if id(node) in raised or (known and name in REFUSALS) or (is_report and id(node) in unused):
             yield from node.args
         elif known and name == "tqdm":
@@ -225,11 +205,6 @@ def _assigned(nodes: list[ast.AST]) -> set[str | None]:
     names |= {node.asname for node in nodes if isinstance(node, ast.alias) and node.asname != node.name}
     others = [node for node in nodes if not isinstance(node, ast.alias | ast.keyword)]
     return names | {getattr(node, field, None) for node in others for field in ("name", "arg", "rest")}
-
-
-def _on_console(call: ast.Call) -> bool:
-    files = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg in ("file", None)]
-    return all(file in ("sys.stdout", "sys.stderr") for file in files)
 
 
 def _drop_wording(message: ast.expr) -> None:

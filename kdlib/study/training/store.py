@@ -5,7 +5,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -65,13 +65,11 @@ class Store:
 
     def remove(self, fingerprint: str) -> bool:
         """Delete one run; False, and nothing done, while a process holds it."""
-        try:
-            with self._lock(fingerprint).acquire(timeout=0):
-                if (self.folder / fingerprint).is_dir():  # not removed by another process just now
-                    shutil.rmtree(self.folder / fingerprint)
-        except Timeout:
-            return False
-        return True
+        with suppress(Timeout), self._lock(fingerprint).acquire(timeout=0):
+            if (self.folder / fingerprint).is_dir():  # not removed by another process just now
+                shutil.rmtree(self.folder / fingerprint)
+            return True
+        return False
 
     def _lock(self, fingerprint: str) -> FileLock:
         """Beside the run, not in it: a process that waits for the lock must find it after another has removed the run."""
