@@ -10,13 +10,13 @@ import pandas as pd
 from kdlib.config.schema import Params
 from kdlib.errors import refuse
 from kdlib.study.report import collect, published
-from kdlib.study.report.differences import by_seed
+from kdlib.study.report.differences import by_seed, sweeps
 from kdlib.study.report.readme import changes, labelled, ranked, readme_block, tuned
 from kdlib.study.report.render import Table
 from kdlib.study.report.tables.by_label import label_tables
 from kdlib.study.report.tables.by_method import method_tables
 from kdlib.study.report.tables.comparisons import data_scale_table, measures_table, recipes_table
-from kdlib.study.report.tables.effort import cost_table, grid_tables, sweeps, tuning_table
+from kdlib.study.report.tables.effort import cost_table, grid_tables, tuning_table
 from kdlib.study.report.tables.reproduction import reproduction_table
 from kdlib.study.training.planned import expected, expected_runs
 

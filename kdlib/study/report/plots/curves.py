@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from kdlib.config.schema import Params
-from kdlib.study.report.differences import ordered
+from kdlib.study.report.differences import ordered, sweeps
 from kdlib.study.report.plots.style import colours, panels, same_limits
 from kdlib.study.report.render import records
-from kdlib.study.report.tables.effort import grid, sweeps
+from kdlib.study.report.tables.effort import grid
 
 
 def plot_learning_curves(params: Params, curves: pd.DataFrame, data: str) -> Figure:

@@ -19,14 +19,8 @@ _COSTS = ["comparison", "method", *_KIND, *_SIZES, "together", "mean", "low", "h
 
 def by_scale(params: Params) -> list[list[str]]:
     """The headline's comparisons, from the smallest to the largest scale: a list for each pair of models and each recipe."""
-    general = params.study.headline
-    lists = [
-        [name for (of, _), name in places.items() if of == recipe]
-        for (data, _, _), places in contests(params).items()
-        if data == general.data
-        for recipe in general.recipes
-    ]
-    return [names for names in lists if names]
+    contested = [places for (data, _, _), places in contests(params).items() if data == params.study.headline.data]
+    return [list(places[recipe].values()) for places in contested for recipe in params.study.headline.recipes if recipe in places]
 
 
 def ends(params: Params, names: list[str]) -> str:

@@ -6,18 +6,13 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib.config.schema import Params, Sweep
+from kdlib.config.schema import Params
 from kdlib.study.report import stats
-from kdlib.study.report.differences import by_seed, leads, ordered, same_setting
+from kdlib.study.report.differences import by_seed, leads, ordered, same_setting, sweeps
 from kdlib.study.report.render import TIMES, Table, as_columns, lead, measured, number, records
 from kdlib.study.report.tables.comparisons import sure
 
 _COUNTS = ["images_seen", "student_parameters", "extra_parameters", "train_flops", "teacher_flops"]
-
-
-def sweeps(params: Params) -> dict[str, Sweep]:
-    """The comparisons that tune, with what they try."""
-    return {name: sweep for name in ordered(params) if (sweep := params.comparisons[name].sweep) is not None}
 
 
 def grid(params: Params, runs: pd.DataFrame, comparison: str, method: str) -> pd.DataFrame:
