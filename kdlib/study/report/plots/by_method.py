@@ -23,8 +23,7 @@ _LABEL = 0.047  # height of a method's name, as a share of its panel
 def plot_methods(params: Params, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
     """ "methods" and "methods_cost": a figure each for each list of ``by_scale``, as the tables."""
     plots = {"methods": plot_leads, "methods_cost": plot_costs}
-    lists = list(enumerate(by_scale(params)))
-    return {called(kind, i, names): plot(params, runs, timing, names) for kind, plot in plots.items() for i, names in lists}
+    return {called(params, kind, names): plot(params, runs, timing, names) for kind, plot in plots.items() for names in by_scale(params)}
 
 
 def plot_leads(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
