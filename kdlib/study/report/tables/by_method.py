@@ -130,14 +130,15 @@ def _settings(paper: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def _caption(params: Params, names: list[str], paper: pd.DataFrame) -> str:
     change = f"“{ends(params, names)}”: positive where the lead shrinks, or the lag grows, with more data. " if len(names) > 1 else ""
     return (
-        f"Test top-1 in percent, differences in points. {sure(params)} {change}{family(params)}. All methods see the same batches under one recipe, with the parameters "
-        "of params.yaml; the hard label counts as much as each method's hard_weight says, and not for one without it. Looks at: what a "
-        "method asks for; hint: of the teacher, beyond its logits; across the batch: its loss depends on which images share a batch, so "
-        f"the batch's size is one of its parameters. Costs are those at {scale(params.comparisons[names[-1]].fraction)}. Step time: a "
-        "student's step, without the teacher's pass that all methods share (one that looks at no teacher saves it too), relative to "
-        f"{params.study.baseline}, paired by seed, both trained in turns by one process (≈: one after the other; blank: elsewhere or with other "
-        "threads). Extra parameters are trained beside the student; kept beside: the memory of these and of a method's banks, throughout "
-        f"training. Step memory: activations, loss and gradients at their peak; not weights, optimiser, batch, teacher.{_theirs(paper)}"
+        f"Test top-1 in percent, differences in points. {sure(params)} {change}{family(params)}. All methods see the same batches under "
+        "one recipe, with the parameters of params.yaml; the hard label counts as much as each method's hard_weight says, and not for one "
+        "without it. Looks at: what a method asks for; hint: of the teacher, beyond its logits; across the batch: its loss depends on "
+        "which images share a batch, so the batch's size is one of its parameters. Costs are those at "
+        f"{scale(params.comparisons[names[-1]].fraction)}. Step time: a student's step, without the teacher's pass that all methods share "
+        f"(one that looks at no teacher saves it too), relative to {params.study.baseline}, paired by seed, both trained in turns by one "
+        "process (≈: one after the other; blank: elsewhere or with other threads). Extra parameters are trained beside the student; kept "
+        "beside: the memory of these and of a method's banks, throughout training. Step memory: activations, loss and gradients at their "
+        f"peak; not weights, optimiser, batch, teacher.{_theirs(paper)}"
     )
 
 
