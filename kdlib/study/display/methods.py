@@ -39,9 +39,8 @@ def output_of(who: str) -> Output:
     """What the "student" or the "teacher" says of the four images; embedding and maps are a fixed draw, rounded to one decimal."""
     shape, logits = {"student": (STUDENT, STUDENT_LOGITS), "teacher": (TEACHER, TEACHER_LOGITS)}[who]
     rng = generator("toy", who)
-    embedding, *before = (
-        torch.tensor(rng.standard_normal((4, *size)).round(1), dtype=torch.float32) for size in ((shape.embedding,), *shape.maps)
-    )
+    draws = (rng.standard_normal((4, *size)).round(1) for size in ((shape.embedding,), *shape.maps))
+    embedding, *before = (torch.tensor(draw, dtype=torch.float32) for draw in draws)
     return Output(torch.tensor(logits), embedding, tuple(stage.relu() for stage in before), tuple(before))
 
 
@@ -130,13 +129,10 @@ def probabilities() -> Figure:
 def gradients(name: str, parameters: Mapping[str, float]) -> Figure:
     """``gradient`` as heat maps: of logits and embedding with sign, of a stage its size over the channels, for the first image."""
     slopes = gradient(name, parameters)
-    flat = {"logits": slopes.logits, "embedding": slopes.need(Feature.EMBEDDING)}
-    stages = {
-        f"{what}\nstage {i + 1}, image 1": stage
-        for what, part in (("maps", slopes.need(Feature.MAPS)), ("preactivations", slopes.need(Feature.PREACTIVATIONS)))
-        for i, stage in enumerate(part)
-    }
-    shown = [(what, part) for what, part in (flat | stages).items() if part.abs().max() > 0]
+    parts = {"logits": slopes.logits, "embedding": slopes.need(Feature.EMBEDDING)}
+    for what, stages in (("maps", slopes.need(Feature.MAPS)), ("preactivations", slopes.need(Feature.PREACTIVATIONS))):
+        parts |= {f"{what}\nstage {i + 1}, image 1": stage for i, stage in enumerate(stages)}
+    shown = [(what, part) for what, part in parts.items() if part.abs().max() > 0]
     figure, axes = plt.subplots(1, max(1, len(shown)), figsize=(0.4 + 2.1 * max(1, len(shown)), 2.2), squeeze=False)
     for axis, (what, part) in zip(axes.flat, shown, strict=False):
         if part.ndim == 2:

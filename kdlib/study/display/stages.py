@@ -39,15 +39,11 @@ def images_by_class(data: DataSet, rows: int = 8, columns: int = 10) -> Figure:
 def image_sheet(grid: list[list[np.ndarray]], titles: list[str], title: str) -> Figure:
     """A sheet of images (H x W x C, 0..255), each row with its title on the left."""
     columns = max(len(row) for row in grid)
-    figure, axes = plt.subplots(len(grid), columns, figsize=(0.8 * columns + 1, 0.8 * len(grid) + 0.4), squeeze=False)
-    for row, (shown, name) in enumerate(zip(grid, titles, strict=True)):
-        for column in range(columns):
-            axis = axes[row][column]
-            axis.set(xticks=[], yticks=[])
-            axis.set_frame_on(False)
-            if column < len(shown):
-                axis.imshow(shown[column].squeeze(), cmap="gray", vmin=0, vmax=255)
-        axes[row][0].set_ylabel(name, rotation=0, ha="right", va="center")
+    figure, axes = _sheet(len(grid), columns, (0.8 * columns + 1, 0.8 * len(grid) + 0.4))
+    for panels, images, name in zip(axes, grid, titles, strict=True):
+        for axis, image in zip(panels, images, strict=False):
+            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        panels[0].set_ylabel(name, rotation=0, ha="right", va="center")
     figure.suptitle(title)
     figure.tight_layout()
     return figure
@@ -128,10 +124,7 @@ def disagreements(data: DataSet, predictions: pd.DataFrame, columns: int = 6) ->
     ways = {"only the\nteacher\nis right": teacher, "only the\nstudent\nis right": student, "both are\nwrong": ~teacher & ~student}
     kinds = {name: differ[which] for name, which in ways.items() if which.any()}
     height = max(1, len(kinds))  # a title alone when they never differ
-    figure, axes = plt.subplots(height, columns, figsize=(1.85 * columns + 0.8, 2.35 * height + 0.5), squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.set_frame_on(False)
+    figure, axes = _sheet(height, columns, (1.85 * columns + 0.8, 2.35 * height + 0.5))
     for panels, (name, rows) in zip(axes, kinds.items(), strict=False):
         panels[0].set_ylabel(f"{name}:\n{len(rows):,} image{'s' * (len(rows) != 1)}", rotation=0, ha="right", va="center", labelpad=8)
         for axis, place, row in zip(panels, rows.index.to_numpy(int), rows.to_dict("records"), strict=False):
@@ -151,6 +144,12 @@ def by_class(data: DataSet, predictions: pd.DataFrame) -> pd.DataFrame:
     frame = groups[[*right, "agreement"]].mean().assign(images=groups.size())
     frame.index = pd.Index([data.class_names[label] for label in frame.index], name="class")
     return frame.sort_values("agreement", kind="stable").round(4)
+
+
+def _sheet(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    """Panels for images: no ticks, no frame."""
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
+    return figure, axes
 
 
 def _splits(data: DataSet) -> dict[str, Any]:

@@ -10,13 +10,13 @@ import pandas as pd
 from kdlib.config.schema import Params
 from kdlib.errors import refuse
 from kdlib.study.report import collect, published
-from kdlib.study.report.differences import by_seed
+from kdlib.study.report.differences import sweeps
 from kdlib.study.report.readme import changes, labelled, ranked, readme_block, tuned
 from kdlib.study.report.render import Table
 from kdlib.study.report.tables.by_label import label_tables
 from kdlib.study.report.tables.by_method import method_tables
 from kdlib.study.report.tables.comparisons import data_scale_table, measures_table, recipes_table
-from kdlib.study.report.tables.effort import cost_table, grid_tables, sweeps, tuning_table
+from kdlib.study.report.tables.effort import cost_table, grid_tables, tuning_table
 from kdlib.study.report.tables.reproduction import reproduction_table
 from kdlib.study.training.planned import expected, expected_runs
 
@@ -100,8 +100,7 @@ def headline(params: Params, numbers: Numbers, figures: Collection[str]) -> str:
 def metrics_summary(runs: pd.DataFrame) -> dict[str, dict[str, float]]:
     """comparison -> method -> mean test top-1 of the finished runs, for ``dvc metrics``; a method without one is left out."""
     means: dict[str, dict[str, float]] = {}
-    students = runs[~runs["trial"]]
-    for comparison, variant in dict.fromkeys(zip(students["comparison"], students["variant"], strict=True)):
-        if values := by_seed(students, comparison, variant):
-            means.setdefault(str(comparison), {})[str(variant)] = round(statistics.fmean(values.values()), 6)
+    finished = runs[~runs["trial"] & (runs["status"] == "finished")].dropna(subset="test_top1")
+    for (comparison, variant), part in finished.groupby(["comparison", "variant"], sort=False)["test_top1"]:
+        means.setdefault(str(comparison), {})[str(variant)] = round(statistics.fmean(part), 6)
     return means

@@ -1,8 +1,9 @@
 """Run directories -> tables of numbers. Everything written here is whole or not there at all."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -11,6 +12,7 @@ from kdlib.files import read_json
 from kdlib.study.training.planned import DISTILL, TEACHERS, Run, run_folder
 
 MEASURES = ("top1", "top5", "nll", "ece", "agreement", "teacher_kl")
+_RUN = ["comparison", "variant", "seed"]
 # Of runs.csv, in its order. Counts may be blank.
 _TYPES: dict[str, str] = {
     **dict.fromkeys(("comparison", "data"), "string"),
@@ -38,11 +40,8 @@ def has_teacher(root: Path, name: str) -> bool:
 def collect(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
     """One row per expected run, in that order; other folders are not looked at. Numbers are rounded as runs.csv shows them,
     so that every table can be computed again from that file alone. Raises ``Refused`` when runs are missing."""
-    expected = list(expected)
-    _require(root, expected)
     rows = []
-    for run in expected:
-        folder = run_folder(root, run)
+    for run, folder in _run_folders(root, expected).items():
         row = read_json(folder / "run.json") | read_json(folder / "metrics.json")
         name = (row["comparison"], row["variant"], row["seed"])
         if name != run:
@@ -53,12 +52,13 @@ def collect(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
 
 def curves(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
     """curve.csv of every expected run, one below the other, with the run's name in front. Raises ``Refused`` when runs are missing."""
-    return _join(root, expected, lambda folder: pd.read_csv(folder / "curve.csv"))
+    return _join(_RUN, {run: pd.read_csv(folder / "curve.csv") for run, folder in _run_folders(root, expected).items()})
 
 
 def timing(root: Path, expected: Iterable[Run]) -> pd.DataFrame:
     """timing.json of every expected run (seconds; they differ from run to run and nothing may depend on them), and ``on``, where it ran."""
-    return _join(root, expected, lambda folder: pd.DataFrame([read_json(folder / "timing.json") | {"on": _machine(folder)}]))
+    folders = _run_folders(root, expected).items()
+    return _join(_RUN, {run: pd.DataFrame([read_json(folder / "timing.json") | {"on": _machine(folder)}]) for run, folder in folders})
 
 
 def _machine(folder: Path) -> str:
@@ -69,43 +69,36 @@ def _machine(folder: Path) -> str:
 
 def teachers(root: Path, names: Iterable[str]) -> pd.DataFrame:
     """metrics.json of every named teacher, one row each. Raises ``Refused`` when one is missing."""
-    return _join_teachers(root, names, lambda folder: pd.DataFrame([read_json(folder / "metrics.json")]))
+    folders = _teacher_folders(root, names).items()
+    return _join(["teacher"], {name: pd.DataFrame([read_json(folder / "metrics.json")]) for name, folder in folders})
 
 
 def teacher_curves(root: Path, names: Iterable[str]) -> pd.DataFrame:
     """curve.csv of every named teacher that has one: a loaded teacher was not trained here."""
-
-    def read(folder: Path) -> pd.DataFrame:
-        return pd.read_csv(folder / "curve.csv") if (folder / "curve.csv").is_file() else pd.DataFrame()
-
-    return _join_teachers(root, names, read)
-
-
-def _join(root: Path, expected: Iterable[Run], read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
-    expected = list(expected)
-    _require(root, expected)
-    return _below(["comparison", "variant", "seed"], [(run, read(run_folder(root, run))) for run in expected])
-
-
-def _join_teachers(root: Path, names: Iterable[str], read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
-    names = list(names)
-    _refuse_missing([str(TEACHERS / name) for name in names if not has_teacher(root, name)], len(names))
-    return _below(["teacher"], [((name,), read(root / TEACHERS / name)) for name in names])
-
-
-def _below(keys: list[str], parts: list[tuple[tuple[object, ...], pd.DataFrame]]) -> pd.DataFrame:
-    """One part below the other, each with the values of ``keys`` in front."""
-    named = [pd.concat([pd.DataFrame(dict(zip(keys, values, strict=True)), index=part.index), part], axis=1) for values, part in parts]
-    return pd.concat(named, ignore_index=True) if named else pd.DataFrame(columns=keys)
-
-
-def _require(root: Path, expected: list[Run]) -> None:
-    _refuse_missing([f"{DISTILL / name / variant}/seed_{seed}" for name, variant, seed in missing(root, expected)], len(expected))
+    files = {name: folder / "curve.csv" for name, folder in _teacher_folders(root, names).items()}
+    return _join(["teacher"], {name: pd.read_csv(file) for name, file in files.items() if file.is_file()})
 
 
 def missing(root: Path, expected: Iterable[Run]) -> list[Run]:
     """Those of these runs that were not brought to their end."""
     return [run for run in expected if not (run_folder(root, run) / "metrics.json").is_file()]
+
+
+def _run_folders(root: Path, expected: Iterable[Run]) -> dict[Run, Path]:
+    folders = {run: run_folder(root, run) for run in expected}
+    _refuse_missing([f"{DISTILL / name / variant}/seed_{seed}" for name, variant, seed in missing(root, folders)], len(folders))
+    return folders
+
+
+def _teacher_folders(root: Path, names: Iterable[str]) -> dict[str, Path]:
+    folders = {name: root / TEACHERS / name for name in names}
+    _refuse_missing([str(TEACHERS / name) for name in folders if not has_teacher(root, name)], len(folders))
+    return folders
+
+
+def _join(keys: list[str], parts: Mapping[Any, pd.DataFrame]) -> pd.DataFrame:
+    """One part below the other, each with its name in front."""
+    return pd.concat(parts, names=keys).reset_index(keys).reset_index(drop=True) if parts else pd.DataFrame(columns=keys)
 
 
 def _refuse_missing(missing: list[str], of: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from kdlib.config.schema import Comparison, Params
+from kdlib.config.schema import Params, Sweep
 from kdlib.study.report import stats
 from kdlib.study.report.render import as_columns, scale
 
@@ -19,12 +19,9 @@ _ABOUT_LEADS = {"better": "shrinks", "worse": "grows", "inconclusive": "inconclu
 
 
 @dataclass(frozen=True)
-class _Row:
+class _Answer:
     question: str  # lead | scale | recipe | hard label | tuning
-    comparison: str
-    recipe: str
-    scale: str
-    fraction: float
+    comparisons: tuple[str, ...]  # one, or the two that it is the difference of
     method: str
     baseline: str
     values: stats.BySeed
@@ -36,6 +33,11 @@ def by_seed(runs: pd.DataFrame, comparison: str, variant: str, measure: str = "t
     return {int(seed): float(value) for seed, value in zip(rows["seed"], rows[measure], strict=True) if not pd.isna(value)}
 
 
+def estimated(params: Params, runs: pd.DataFrame, comparison: str, variant: str, measure: str = "test_top1") -> dict[str, object]:
+    """Mean, interval, n and seeds of a measure, as columns of a tidy frame."""
+    return as_columns(stats.estimate(by_seed(runs, comparison, variant, measure), params.study.confidence))
+
+
 def train_images(runs: pd.DataFrame, comparison: str) -> float:
     """How many training images the comparison's fraction is; NaN when it has no run."""
     counts = runs.loc[runs["comparison"] == comparison, "train_images"]
@@ -44,12 +46,9 @@ def train_images(runs: pd.DataFrame, comparison: str) -> float:
 
 def same_setting(params: Params, comparison: str, method: str) -> str | None:
     """The comparison that trains ``method`` with its parameters of params.yaml on the same data, fraction, models and recipe."""
-    wanted = params.comparisons[comparison]
-    keys = ("data", "fraction", "teacher", "student", "recipe")
-    for name, other in params.comparisons.items():
-        if method in other.methods and all(getattr(other, key) == getattr(wanted, key) for key in keys):
-            return name
-    return None
+    wanted, keys = params.comparisons[comparison], ("data", "fraction", "teacher", "student", "recipe")
+    others = ((name, item) for name, item in params.comparisons.items() if method in item.methods)
+    return next((name for name, item in others if all(getattr(item, key) == getattr(wanted, key) for key in keys)), None)
 
 
 def leads(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
@@ -60,15 +59,16 @@ def leads(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
     under the recipe that differs in the hard label's loss alone. tuning: methods with the point that a sweep chose.
     Holm's correction is over a question's answers on one data set. Verdicts on scale and recipe say what the lead does: shrinks or grows.
     """
-    makers = (_leads, _scales, _recipes, _hard_labels, _tunings)
-    rows = [row for maker in makers for row in maker(params, runs)]
-    frame = pd.DataFrame([_tell(row, params, runs) for row in rows], columns=COLUMNS)
+    answers = [answer for ask in (_leads, _scales, _recipes, _hard_labels, _tunings) for answer in ask(params, runs)]
+    estimates = [stats.estimate(answer.values, params.study.confidence) for answer in answers]
+    rows = [_about(params, runs, answer) | as_columns(estimate) for answer, estimate in zip(answers, estimates, strict=True)]
+    frame = pd.DataFrame(rows, columns=COLUMNS).assign(p_holm=math.nan, verdict="")
     for members in frame.groupby(["question", "data"], sort=False).indices.values():
-        answers = stats.holm_verdicts([stats.estimate(rows[i].values, params.study.confidence) for i in members], params.study.confidence)
-        for i, (verdict, p) in zip(members, answers, strict=True):
+        verdicts = stats.holm_verdicts([estimates[i] for i in members], params.study.confidence)
+        for i, (verdict, p) in zip(members, verdicts, strict=True):
             frame.loc[i, "p_holm"] = p
-            if rows[i].values:  # a cell that nobody measured stays blank
-                frame.loc[i, "verdict"] = _ABOUT_LEADS[verdict] if rows[i].question in ("scale", "recipe") else verdict
+            if answers[i].values:  # a cell that nobody measured stays blank
+                frame.loc[i, "verdict"] = _ABOUT_LEADS[verdict] if answers[i].question in ("scale", "recipe") else verdict
     return frame
 
 
@@ -88,13 +88,19 @@ def ordered(params: Params) -> list[str]:
     return sorted(params.comparisons, key=key)
 
 
-def contests(params: Params) -> dict[tuple[str, str, str], dict[tuple[str, float], str]]:
-    """(data, teacher, student) -> (recipe, fraction) -> the comparison that pits challengers against the baseline there."""
-    settings: dict[tuple[str, str, str], dict[tuple[str, float], str]] = {}
+def sweeps(params: Params) -> dict[str, Sweep]:
+    """The comparisons that tune, with what they try."""
+    return {name: sweep for name in ordered(params) if (sweep := params.comparisons[name].sweep) is not None}
+
+
+def contests(params: Params) -> dict[tuple[str, str, str], dict[str, dict[float, str]]]:
+    """(data, teacher, student) -> recipe -> fraction, from the smallest -> the comparison of challengers with the baseline there."""
+    settings: dict[tuple[str, str, str], dict[str, dict[float, str]]] = {}
     for name in ordered(params):
         item = params.comparisons[name]
-        if params.study.baseline in item.methods and _challengers(params, item):
-            settings.setdefault((item.data, item.teacher, item.student), {}).setdefault((item.recipe, item.fraction), name)
+        if params.study.baseline in item.methods and _challengers(params, name):
+            places = settings.setdefault((item.data, item.teacher, item.student), {})
+            places.setdefault(item.recipe, {}).setdefault(item.fraction, name)
     return settings
 
 
@@ -116,95 +122,77 @@ def in_all(params: Params, comparisons: Iterable[str]) -> list[str]:
     return [method for method in params.methods if all(method in methods for methods in lists)]
 
 
-def _tell(row: _Row, params: Params, runs: pd.DataFrame) -> dict[str, object]:
-    first = row.comparison.split(" minus ")[0]
-    item = params.comparisons[first]
+def _about(params: Params, runs: pd.DataFrame, answer: _Answer) -> dict[str, object]:
+    """What is compared where; of two comparisons both recipes, or both scales, where these differ."""
+    items = [params.comparisons[name] for name in answer.comparisons]
+    fraction, *others = dict.fromkeys(item.fraction for item in items)
+    images = math.nan if others else train_images(runs, answer.comparisons[0])
     return {
-        "data": item.data,
-        "teacher": item.teacher,
-        "student": item.student,
-        "train_images": math.nan if math.isnan(row.fraction) else train_images(runs, first),
-        **{key: value for key, value in vars(row).items() if key != "values"},
-        **as_columns(stats.estimate(row.values, params.study.confidence)),
-        "p_holm": math.nan,
-        "verdict": "",
+        **{key: getattr(answer, key) for key in ("question", "method", "baseline")},
+        **{key: getattr(items[0], key) for key in ("data", "teacher", "student")},
+        "comparison": " minus ".join(answer.comparisons),
+        "recipe": " minus ".join(dict.fromkeys(item.recipe for item in items)),
+        "scale": " minus ".join(scale(each, images) for each in (fraction, *others)),
+        "fraction": math.nan if others else fraction,
+        "train_images": images,
     }
 
 
-def _challengers(params: Params, *items: Comparison) -> list[str]:
-    return [name for name in params.study.challengers if name != params.study.baseline and all(name in item.methods for item in items)]
+def _challengers(params: Params, *comparisons: str) -> list[str]:
+    shared = in_all(params, comparisons)
+    return [name for name in params.study.challengers if name != params.study.baseline and name in shared]
 
 
-def _lead(runs: pd.DataFrame, comparison: str, method: str, baseline: str) -> stats.BySeed:
-    return stats.paired_differences(by_seed(runs, comparison, method), by_seed(runs, comparison, baseline))
+def _lead(params: Params, runs: pd.DataFrame, comparison: str, method: str) -> stats.BySeed:
+    return stats.paired_differences(by_seed(runs, comparison, method), by_seed(runs, comparison, params.study.baseline))
 
 
-def _place(params: Params, runs: pd.DataFrame, comparison: str) -> tuple[str, str, float]:
-    """Recipe, scale and fraction of a row about one comparison."""
-    item = params.comparisons[comparison]
-    return item.recipe, scale(item.fraction, train_images(runs, comparison)), item.fraction
+def _leads(params: Params, runs: pd.DataFrame) -> Iterator[_Answer]:
+    for name in (name for places in contests(params).values() for scales in places.values() for name in scales.values()):
+        for method in _challengers(params, name):
+            yield _Answer("lead", (name,), method, params.study.baseline, _lead(params, runs, name, method))
 
 
-def _leads(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
-    baseline = params.study.baseline
-    for places in contests(params).values():
-        for name in places.values():
-            for method in _challengers(params, params.comparisons[name]):
-                yield _Row("lead", name, *_place(params, runs, name), method, baseline, _lead(runs, name, method, baseline))
-
-
-def _change(params: Params, runs: pd.DataFrame, question: str, pair: tuple[str, str], place: tuple[str, str, float]) -> Iterator[_Row]:
+def _changes(params: Params, runs: pd.DataFrame, question: str, pair: tuple[str, str]) -> Iterator[_Answer]:
     """How each challenger's lead in the first comparison of ``pair`` differs from its lead in the second."""
-    baseline = params.study.baseline
-    for method in _challengers(params, *(params.comparisons[name] for name in pair)):
-        values = stats.paired_differences(*(_lead(runs, name, method, baseline) for name in pair))
-        yield _Row(question, " minus ".join(pair), *place, method, baseline, values)
+    for method in _challengers(params, *pair):
+        values = stats.paired_differences(*(_lead(params, runs, name, method) for name in pair))
+        yield _Answer(question, pair, method, params.study.baseline, values)
 
 
-def _scales(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
-    for places in contests(params).values():
-        for recipe in dict.fromkeys(recipe for recipe, _ in places):
-            fractions = [fraction for other, fraction in places if other == recipe]
-            small, large = min(fractions), max(fractions)
-            if small < large:
-                pair = (places[recipe, small], places[recipe, large])
-                yield from _change(params, runs, "scale", pair, (recipe, f"{100 * small:g} % minus {100 * large:g} %", math.nan))
+def _scales(params: Params, runs: pd.DataFrame) -> Iterator[_Answer]:
+    for names in (list(scales.values()) for places in contests(params).values() for scales in places.values()):
+        if len(names) > 1:
+            yield from _changes(params, runs, "scale", (names[0], names[-1]))
 
 
-def _recipes(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
+def _recipes(params: Params, runs: pd.DataFrame) -> Iterator[_Answer]:
     weak, strong = params.study.headline.recipes[0], params.study.headline.recipes[-1]
     for places in contests(params).values():
-        for fraction in sorted({fraction for _, fraction in places}):
-            if (weak, fraction) in places and (strong, fraction) in places and weak != strong:
-                pair = (places[weak, fraction], places[strong, fraction])
-                yield from _change(params, runs, "recipe", pair, (f"{weak} minus {strong}", *_place(params, runs, pair[0])[1:]))
+        for fraction, name in places.get(weak, {}).items():
+            if weak != strong and fraction in places.get(strong, {}):
+                yield from _changes(params, runs, "recipe", (name, places[strong][fraction]))
 
 
-def _hard_labels(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
+def _hard_labels(params: Params, runs: pd.DataFrame) -> Iterator[_Answer]:
     """Each method under the other losses minus under the first one: the same seeds saw the same batches."""
     for group in hard_labels(params):
         first, *others = group.values()
         for name in others:
-            (new, shown, fraction), (old, _, _) = _place(params, runs, name), _place(params, runs, first)
             for method in in_all(params, group.values()):
                 values = stats.paired_differences(by_seed(runs, name, method), by_seed(runs, first, method))
-                yield _Row("hard label", f"{name} minus {first}", f"{new} minus {old}", shown, fraction, method, method, values)
+                yield _Answer("hard label", (name, first), method, method, values)
 
 
-def _tunings(params: Params, runs: pd.DataFrame) -> Iterator[_Row]:
+def _tunings(params: Params, runs: pd.DataFrame) -> Iterator[_Answer]:
     """Each tuned method minus the untuned baseline, and minus the tuned baseline: the same seeds saw the same batches."""
     baseline = params.study.baseline
-    for name in ordered(params):
-        item = params.comparisons[name]
-        if item.sweep is None:
-            continue
-        place, untuned = _place(params, runs, name), same_setting(params, name, baseline)
-        for method in item.sweep.grids:
-            tuned = by_seed(runs, name, f"{method}_tuned")
-            if untuned is not None:
-                yield _Row(
-                    "tuning", name, *place, f"{method}_tuned", baseline, stats.paired_differences(tuned, by_seed(runs, untuned, baseline))
-                )
-            if method != baseline and baseline in item.sweep.grids:
-                against = by_seed(runs, name, f"{baseline}_tuned")
-                yield _Row("tuning", name, *place, f"{method}_tuned", f"{baseline}_tuned", stats.paired_differences(tuned, against))
+    for name, sweep in sweeps(params).items():
+        untuned = same_setting(params, name, baseline)
+        for method in sweep.grids:
+            against = {} if untuned is None else {baseline: untuned}
+            if method != baseline and baseline in sweep.grids:
+                against[f"{baseline}_tuned"] = name
+            for other, home in against.items():
+                values = stats.paired_differences(by_seed(runs, name, f"{method}_tuned"), by_seed(runs, home, other))
+                yield _Answer("tuning", (name,), f"{method}_tuned", other, values)

@@ -1,6 +1,8 @@
 """What others published about these methods, each number with its source. What nobody published is not here: no row, or a blank."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -47,6 +49,11 @@ def _accuracies(published: pd.DataFrame, tables: list[str]) -> pd.DataFrame:
     rows = published[published["table"].isin(tables) & (published["metric"] == "top1")].reset_index(drop=True)
     rows = rows.rename(columns={"dataset": "data"}).assign(top1=rows["value"] / 100)
     return rows[["data", "teacher", "student", "recipe", "epochs", "method", "top1", "kind", "source"]]
+
+
+def how(row: Mapping[str, Any]) -> str:
+    """``A2, 300 epochs``, as far as a published row tells."""
+    return ", ".join([str(row["recipe"])] * pd.notna(row["recipe"]) + [f"{row['epochs']} epochs"] * pd.notna(row["epochs"]))
 
 
 def announced(published: pd.DataFrame, model: str) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """A table and its three forms: Markdown and LaTeX for people (percent), CSV for programs (fractions). Same input, same bytes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from kdlib.files import write_csv, write_text
 from kdlib.study.report import stats
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+Cells = dict[tuple[str, ...], dict[str, str]]  # of a row's place the texts of its columns
 _LATEX = str.maketrans(
     {character: rf"\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "`": "", "|": r"$|$", "<": "$<$", ">": "$>$"}
@@ -59,6 +60,13 @@ def write_table(table: Table, folder: Path) -> None:
     write_text(folder / f"{table.name}.md", markdown(table))
     write_text(folder / f"{table.name}.tex", latex(table))
     write_csv(folder / f"{table.name}.csv", table.frame)
+
+
+def spread(cells: Cells, heads: list[str], columns: Iterable[str], *tail: str) -> pd.DataFrame:
+    """A row for each place of ``cells``: its parts under ``heads`` and ``tail``, in between its texts under ``columns``, or blanks."""
+    frame = pd.DataFrame(list(cells.values()), columns=list(columns), dtype="object").fillna("")
+    places = pd.DataFrame(list(cells), columns=[*heads, *tail])
+    return pd.concat([places[heads], frame, places[list(tail)]], axis=1)
 
 
 def number(value: float, digits: int = 1, *, sign: bool = False) -> str:

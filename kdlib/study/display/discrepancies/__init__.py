@@ -8,7 +8,7 @@ import pandas as pd
 from kdlib.study.display.discrepancies import features, logits
 from kdlib.study.display.discrepancies.base import Disagreement
 
-DISAGREEMENTS: list[Disagreement] = [*logits.FOUND, *features.FOUND]
+DISAGREEMENTS = [one for module in (logits, features) for one in vars(module).values() if isinstance(one, Disagreement)]
 
 __all__ = ["DISAGREEMENTS", "Disagreement", "table"]
 

@@ -1,5 +1,6 @@
 """One disagreement, and what measures several of them."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,21 +17,14 @@ class Disagreement:
 
     method: str
     who: str  # repository and file, or paper
-    instead: str  # what they compute instead
     measured: str  # which quantity, on which input; always a finite number: where a loss is not, the share that is
+    instead: str  # what they compute instead
     pair: Measure
 
 
-def differs(
-    found: list[Disagreement], method: str, who: str, instead: str, measured: str = "the loss on the toy"
-) -> Callable[[Measure], Measure]:
-    """Adds the function below it, whose name says what the other implementation does, to those that are found."""
-
-    def add(pair: Measure) -> Measure:
-        found.append(Disagreement(method, who, instead, measured, pair))
-        return pair
-
-    return add
+def differs(method: str, who: str, measured: str = "the loss on the toy") -> Callable[[Measure], Disagreement]:
+    """Makes a disagreement of the function below it, whose docstring says what the other implementation computes instead."""
+    return lambda pair: Disagreement(method, who, measured, inspect.getdoc(pair) or "", pair)
 
 
 def drawn(images: int, numbers: int, std: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,10 +6,10 @@ from matplotlib.figure import Figure
 
 from kdlib.config.schema import Params
 from kdlib.study.report.build import Numbers
+from kdlib.study.report.differences import sweeps
 from kdlib.study.report.plots.by_method import plot_methods
 from kdlib.study.report.plots.curves import plot_grids, plot_learning_curves, plot_teachers
 from kdlib.study.report.plots.scales import plot_accuracies, plot_data_scale
-from kdlib.study.report.tables.effort import sweeps
 
 Figures = dict[str, Figure]
 

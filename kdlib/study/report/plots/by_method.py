@@ -23,14 +23,12 @@ _LABEL = 0.047  # height of a method's name, as a share of its panel
 def plot_methods(params: Params, runs: pd.DataFrame, timing: pd.DataFrame) -> dict[str, Figure]:
     """ "methods" and "methods_cost": a figure each for each list of ``by_scale``, as the tables."""
     plots = {"methods": plot_leads, "methods_cost": plot_costs}
-    lists = list(enumerate(by_scale(params)))
-    return {called(kind, i, names): plot(params, runs, timing, names) for kind, plot in plots.items() for i, names in lists}
+    return {called(params, kind, names): plot(params, runs, timing, names) for kind, plot in plots.items() for names in by_scale(params)}
 
 
 def plot_leads(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: list[str]) -> Figure:
     """Each challenger's lead at each scale, one panel per scale."""
-    ahead = leads(params, runs)
-    ahead = ahead[(ahead["question"] == "lead") & ahead["comparison"].isin(names)]
+    ahead = leads(params, runs).query("question == 'lead' and comparison in @names")
     kinds = costs(params, runs, timing, names[-1])
     rows = _rows(kinds[kinds["method"].isin(ahead["method"])])
     figure, axes = panels(1, len(names), (4.6, 1.5 + 0.27 * len(rows)), sharey=True)
@@ -110,11 +108,9 @@ def plot_costs(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: 
 
 def _points(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, name: str) -> pd.DataFrame:
     """method, looks_at, n, and in percent top1 and half an interval's width, against time; of the methods that have all of it."""
-    reached = accuracies(params, runs)
-    both = costs(params, runs, timing, name).merge(reached, on=["comparison", "method"], suffixes=("_time", ""))
+    both = costs(params, runs, timing, name).merge(accuracies(params, runs), on=["comparison", "method"], suffixes=("_time", ""))
     half = 100 * (both["high"] - both["low"]).fillna(0) / 2
-    both = both.assign(time=both["mean_time"], top1=100 * both["mean"], half=half)
-    return both.dropna(subset=["time", "top1"])
+    return both.assign(time=both["mean_time"], top1=100 * both["mean"], half=half).dropna(subset=["time", "top1"])
 
 
 def _label(panel: Axes, points: dict[str, tuple[float, float]]) -> None:

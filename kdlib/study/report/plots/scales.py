@@ -31,8 +31,8 @@ def plot_data_scale(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -
     paper = published.figure1(numbers)
     _bars(axes[0, -1], paper[paper["method"].isin(params.study.challengers)], params)
     axes[0, 0].set_ylabel(f"lead over {baseline} (points of test top-1)")
-    n = tell_n(ahead["n"])
-    figure.suptitle(f"Lead over {baseline} by data scale: mean and {100 * params.study.confidence:g} % paired t interval over seeds, {n}")
+    interval = f"{100 * params.study.confidence:g} % paired t interval over seeds, {tell_n(ahead['n'])}"
+    figure.suptitle(f"Lead over {baseline} by data scale: mean and {interval}")
     return figure
 
 
@@ -52,7 +52,7 @@ def _leads(axes: Axes, leads: pd.DataFrame, params: Params) -> None:
     axes.set_xticks(scales["train_images"].to_numpy(float), labels)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.15)
-    axes.set_xlabel("training images")
+    axes.set(xlabel="training images")
     axes.legend(loc="best")
 
 
@@ -70,9 +70,8 @@ def _bars(axes: Axes, paper: pd.DataFrame, params: Params) -> None:
     axes.axhline(0, color="0.35", linewidth=1)
     axes.margins(y=0.12)
     axes.grid(axis="x", visible=False)
-    axes.set_xlabel("data set and share of its training images")
-    axes.set_ylabel(f"lead over {params.study.baseline} (points of top-1)")
-    axes.set_title(PAPER)
+    ylabel = f"lead over {params.study.baseline} (points of top-1)"
+    axes.set(xlabel="data set and share of its training images", ylabel=ylabel, title=PAPER)
 
 
 def plot_accuracies(params: Params, runs: pd.DataFrame, data: str) -> Figure:

@@ -5,7 +5,7 @@ import pandas as pd
 from kdlib.config.schema import Params
 from kdlib.study.report.differences import hard_labels, in_all, leads, train_images
 from kdlib.study.report.render import Table, lead, measured, records, scale
-from kdlib.study.report.tables.comparisons import HERE, accuracies, sure
+from kdlib.study.report.tables.comparisons import accuracies, family, stacked, sure
 
 # binary losses are means over classes: a comparison at the same weight is one of form and scale together
 MEANS = (
@@ -38,14 +38,12 @@ def _losses(params: Params, runs: pd.DataFrame, group: dict[str, str], name: str
         [[loss, *(cells.get((comparison, head), "") for head in heads)] for loss, comparison in group.items()],
         columns=["hard label", *heads],
     )
-    parts = {"accuracy": reached, "lead": ahead, "hard label": changed}
-    frame = pd.concat([part.assign(question=question, source=HERE) for question, part in parts.items() if len(part)], ignore_index=True)
     caption = (
         f"Test top-1 in percent, differences in points, on {item.data} ({scale(item.fraction, train_images(runs, group[first]))}, "
-        f"{item.teacher} → {item.student}); columns: the method that gives the soft label. The recipes are {item.recipe} with another "
-        f"loss on the hard label; its weight stays the same, as in the official commands. {MEANS} {sure(params)} “minus {first}”: the "
-        f"same method with this hard label against the one with {first}. Verdicts hold family-wise at {100 * params.study.confidence:g} % "
-        "(Holm over the answers to one question on one data set). Of the paper's own table no number is known here (results/published "
-        "has none)."
+        f"{item.teacher} → {item.student}); columns: the method that gives the soft label. The recipes are {item.recipe} with another loss "
+        f"on the hard label; its weight stays the same, as in the official commands. {MEANS} {sure(params)} “minus {first}”: the same "
+        f"method with this hard label against the one with {first}. {family(params)}. Of the paper's own table no number is known here "
+        "(results/published has none)."
     )
+    frame = stacked({"accuracy": reached, "lead": ahead, "hard label": changed})
     return Table(name, "Which loss on the hard label, beside which soft label?", caption, frame, shown)

@@ -8,9 +8,9 @@ import pandas as pd
 
 from kdlib.config.schema import Params
 from kdlib.study.report import published, stats
-from kdlib.study.report.differences import contests, leads, train_images
+from kdlib.study.report.differences import contests, leads
 from kdlib.study.report.render import TIMES, Table, as_columns, lead, measured, number, records, scale
-from kdlib.study.report.tables.comparisons import HERE, accuracies, sure
+from kdlib.study.report.tables.comparisons import accuracies, family, stacked, sure
 
 _KIND = ["looks_at", "relational"]
 _SIZES = ["extra_parameters", "extra_bytes", "step_bytes"]
@@ -19,14 +19,8 @@ _COSTS = ["comparison", "method", *_KIND, *_SIZES, "together", "mean", "low", "h
 
 def by_scale(params: Params) -> list[list[str]]:
     """The headline's comparisons, from the smallest to the largest scale: a list for each pair of models and each recipe."""
-    general = params.study.headline
-    lists = [
-        [name for (of, _), name in places.items() if of == recipe]
-        for (data, _, _), places in contests(params).items()
-        if data == general.data
-        for recipe in general.recipes
-    ]
-    return [names for names in lists if names]
+    contested = [places for (data, _, _), places in contests(params).items() if data == params.study.headline.data]
+    return [list(places[recipe].values()) for places in contested for recipe in params.study.headline.recipes if recipe in places]
 
 
 def ends(params: Params, names: list[str]) -> str:
@@ -48,12 +42,8 @@ def costs(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, comparison: 
     for method in params.comparisons[comparison].methods:
         part = here[here["variant"] == method]
         together, ratios = _ratios(steps[steps["variant"] == method], steps[steps["variant"] == params.study.baseline])
-        row = {
-            "comparison": comparison,
-            "method": method,
-            "together": together,
-            **as_columns(stats.estimate(ratios, params.study.confidence)),
-        }
+        row = {"comparison": comparison, "method": method, "together": together}
+        row |= as_columns(stats.estimate(ratios, params.study.confidence))
         rows.append(row | {key: part[key].iloc[0] for key in _KIND} | {key: part[key].max() for key in _SIZES})
     frame = pd.DataFrame(rows, columns=_COSTS)
     kinds = list(dict.fromkeys(frame["looks_at"]))
@@ -73,53 +63,43 @@ def _ratios(method: pd.DataFrame, baseline: pd.DataFrame) -> tuple[bool, stats.B
 def method_tables(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, numbers: pd.DataFrame, teachers: pd.DataFrame) -> list[Table]:
     """A table for each pair of models and each recipe of the headline; one row per method, those that look at the same thing together."""
     paper, top1_of_teacher = published.strategies(numbers), dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
-    return [
-        _methods(params, runs, timing, paper, top1_of_teacher, names, called("methods", i, names))
-        for i, names in enumerate(by_scale(params))
-    ]
+    return [_methods(params, runs, timing, paper, top1_of_teacher, names) for names in by_scale(params)]
 
 
-def called(kind: str, i: int, names: list[str]) -> str:
-    """The name of the table or figure for the ``i``-th list of ``by_scale``."""
-    return kind if i == 0 else f"{kind}_{names[-1]}"
+def called(params: Params, kind: str, names: list[str]) -> str:
+    """The name of the table or figure for one of the lists of ``by_scale``: the first has no other's."""
+    return kind if names == by_scale(params)[0] else f"{kind}_{names[-1]}"
 
 
 def _methods(
-    params: Params, runs: pd.DataFrame, timing: pd.DataFrame, paper: pd.DataFrame, teachers: dict[str, float], names: list[str], name: str
+    params: Params, runs: pd.DataFrame, timing: pd.DataFrame, paper: pd.DataFrame, teachers: dict[str, float], names: list[str]
 ) -> Table:
     reached, everyone, cost = accuracies(params, runs), leads(params, runs), costs(params, runs, timing, names[-1])
     reached = reached[reached["comparison"].isin(names)]
     ahead = everyone[(everyone["question"] == "lead") & everyone["comparison"].isin(names)]
     change = everyone[(everyone["question"] == "scale") & (everyone["comparison"] == f"{names[0]} minus {names[-1]}")]
-    columns = [("looks at", _texts(cost, lambda row: row["looks_at"] + ", across the batch" * row["relational"]))]
-    for place in names:
-        head = scale(params.comparisons[place].fraction, train_images(runs, place))
-        columns.append((f"{head}: top-1", _texts(reached[reached["comparison"] == place], lambda row: measured(row) or "diverged")))
-        columns.append((f"{head}: minus {params.study.baseline}", _texts(ahead[ahead["comparison"] == place], lead)))
+    columns = {"looks at": _texts(cost, lambda row: row["looks_at"] + ", across the batch" * row["relational"])}
+    for name, part in reached.groupby("comparison", sort=False):
+        head = scale(params.comparisons[str(name)].fraction, part["train_images"].iloc[0])
+        columns[f"{head}: top-1"] = _texts(part, lambda row: measured(row) or "diverged")
+        columns[f"{head}: minus {params.study.baseline}"] = _texts(ahead[ahead["comparison"] == name], lead)
     if len(names) > 1:
-        columns.append((f"lead, {ends(params, names)}", _texts(change, lead)))
-    columns += [
-        ("step time", _texts(cost, _time)),
-        ("extra parameters", _texts(cost, lambda row: f"{row['extra_parameters']:,}")),
-        ("kept beside (MiB)", _texts(cost, lambda row: _mebibytes(row["extra_bytes"]))),
-        ("step memory (MiB)", _texts(cost, lambda row: _mebibytes(row["step_bytes"]))),
-    ]
-    for how, part in _settings(paper):
-        columns.append((f"published: {how}", _texts(part, lambda row: number(100 * row["top1"], 2))))
-    rows = list(dict.fromkeys([*cost["method"], *reached["method"]]))
-    shown = pd.DataFrame(
-        [[method, *(texts.get(method, "") for _, texts in columns)] for method in rows], columns=["method", *(head for head, _ in columns)]
-    )
+        columns[f"lead, {ends(params, names)}"] = _texts(change, lead)
+    columns["step time"] = _texts(cost, _time)
+    columns["extra parameters"] = _texts(cost, lambda row: f"{row['extra_parameters']:,}")
+    columns["kept beside (MiB)"] = _texts(cost, lambda row: _mebibytes(row["extra_bytes"]))
+    columns["step memory (MiB)"] = _texts(cost, lambda row: _mebibytes(row["step_bytes"]))
+    columns |= {f"published: {how}": _texts(part, lambda row: number(100 * row["top1"], 2)) for how, part in _settings(paper)}
+    methods = dict.fromkeys([*cost["method"], *reached["method"]])
+    shown = pd.DataFrame(columns, index=list(methods)).fillna("").rename_axis("method").reset_index()
     item = params.comparisons[names[-1]]
-    teacher = f"{params.teachers[item.teacher].model} ({number(100 * teachers[item.teacher])} %)"
-    label = params.recipes[item.recipe].hard_loss
-    title = f"Every method on {item.data}: {teacher} → {item.student}, recipe {item.recipe}, hard label {label}"
+    models = f"{params.teachers[item.teacher].model} ({number(100 * teachers[item.teacher])} %) → {item.student}"
+    title = f"Every method on {item.data}: {models}, recipe {item.recipe}, hard label {params.recipes[item.recipe].hard_loss}"
     theirs = paper.assign(mean=paper["top1"], source=paper["kind"] + ": " + paper["source"]).drop(columns=["top1", "kind"])
-    parts = {"accuracy": reached, "lead": ahead, "scale": change, "cost": cost, "published": theirs}
-    sourced = [part.assign(question=question, source=part.get("source", HERE)) for question, part in parts.items() if len(part)]
-    frame = pd.concat(sourced, ignore_index=True)
+    frame = stacked({"accuracy": reached, "lead": ahead, "scale": change, "cost": cost, "published": theirs})
     frame = frame.astype({key: "Int64" for key in ("n", "epochs", *_SIZES) if key in frame})
-    return Table(name, title, _caption(params, names, paper), frame[["question", *frame.columns.drop("question")]], shown)
+    name, caption = called(params, "methods", names), _caption(params, names, paper)
+    return Table(name, title, caption, frame[["question", *frame.columns.drop("question")]], shown)
 
 
 def _texts(frame: pd.DataFrame, tell: Callable[[dict[str, Any]], str]) -> dict[str, str]:
@@ -143,24 +123,22 @@ def _settings(paper: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     settings = []
     for _, part in paper.groupby(["recipe", "epochs", "teacher", "student"], sort=False, dropna=False):
         row = records(part)[0]
-        how = [row["recipe"], *([] if pd.isna(row["epochs"]) else [f"{row['epochs']} epochs"])]
-        settings.append((", ".join([*how, *([f"{row['teacher']} → {row['student']}"] if several else [])]), part))
+        settings.append((published.how(row) + f", {row['teacher']} → {row['student']}" * several, part))
     return settings
 
 
 def _caption(params: Params, names: list[str], paper: pd.DataFrame) -> str:
-    baseline, confidence = params.study.baseline, params.study.confidence
     change = f"“{ends(params, names)}”: positive where the lead shrinks, or the lag grows, with more data. " if len(names) > 1 else ""
     return (
-        f"Test top-1 in percent, differences in points. {sure(params)} {change}Verdicts hold family-wise at {100 * confidence:g} % "
-        "(Holm over the answers to one question on one data set). All methods see the same batches under one recipe, with the parameters "
-        "of params.yaml; the hard label counts as much as each method's hard_weight says, and not for one without it. Looks at: what a "
-        "method asks for; hint: of the teacher, beyond its logits; across the batch: its loss depends on which images share a batch, so "
-        f"the batch's size is one of its parameters. Costs are those at {scale(params.comparisons[names[-1]].fraction)}. Step time: a "
-        "student's step, without the teacher's pass that all methods share (one that looks at no teacher saves it too), relative to "
-        f"{baseline}, paired by seed, both trained in turns by one process (≈: one after the other; blank: elsewhere or with other "
-        "threads). Extra parameters are trained beside the student; kept beside: the memory of these and of a method's banks, throughout "
-        f"training. Step memory: activations, loss and gradients at their peak; not weights, optimiser, batch, teacher.{_theirs(paper)}"
+        f"Test top-1 in percent, differences in points. {sure(params)} {change}{family(params)}. All methods see the same batches under "
+        "one recipe, with the parameters of params.yaml; the hard label counts as much as each method's hard_weight says, and not for one "
+        "without it. Looks at: what a method asks for; hint: of the teacher, beyond its logits; across the batch: its loss depends on "
+        "which images share a batch, so the batch's size is one of its parameters. Costs are those at "
+        f"{scale(params.comparisons[names[-1]].fraction)}. Step time: a student's step, without the teacher's pass that all methods share "
+        f"(one that looks at no teacher saves it too), relative to {params.study.baseline}, paired by seed, both trained in turns by one "
+        "process (≈: one after the other; blank: elsewhere or with other threads). Extra parameters are trained beside the student; kept "
+        "beside: the memory of these and of a method's banks, throughout training. Step memory: activations, loss and gradients at their "
+        f"peak; not weights, optimiser, batch, teacher.{_theirs(paper)}"
     )
 
 

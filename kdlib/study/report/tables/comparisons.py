@@ -5,14 +5,14 @@ from typing import Any
 import pandas as pd
 
 from kdlib.config.schema import Params
-from kdlib.study.report import collect, published, stats
-from kdlib.study.report.differences import by_seed, leads, ordered, train_images
-from kdlib.study.report.render import Table, as_columns, lead, measured, number, records, scale
+from kdlib.study.report import collect, published
+from kdlib.study.report.differences import estimated, leads, ordered, train_images
+from kdlib.study.report.render import Cells, Table, lead, measured, number, records, scale, spread
 
 PAPER = "Hao et al. 2023"
 HERE = "measured here"
-Cells = dict[tuple[str, ...], dict[str, str]]  # row -> column -> text
 _NATS = ("nll", "teacher_kl")
+_UNITS = {name: f"{name} ({'nats' if name in _NATS else '%'})" for name in collect.MEASURES}
 
 
 def sure(params: Params) -> str:
@@ -25,6 +25,17 @@ def sure(params: Params) -> str:
         "by seed; it is absent where fewer than two seeds finished or all of them agree exactly. Diverged runs are left out and reduce n."
         + of_assumed
     )
+
+
+def family(params: Params) -> str:
+    """What the verdicts of a caption hold for."""
+    return f"Verdicts hold family-wise at {100 * params.study.confidence:g} % (Holm over the answers to one question on one data set)"
+
+
+def stacked(parts: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Answers to several questions, one below the other; measured here where they name no other source."""
+    named = [part.assign(question=question, source=part.get("source", HERE)) for question, part in parts.items() if len(part)]
+    return pd.concat(named, ignore_index=True)
 
 
 def alone(runs: pd.DataFrame) -> str:
@@ -42,22 +53,18 @@ def data_scale_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) 
     cells: Cells = {}
     data = [params.study.headline.data, *params.data]
     for row in sorted(records(ours), key=lambda row: data.index(row["data"])):
-        cells.setdefault((_place(params, row), row["recipe"], row["scale"], HERE), {})[row["method"]] = lead(row)
+        place = (_place(params, row), row["recipe"], row["scale"], HERE)
+        cells.setdefault(place, {})[f"{row['method']} minus {row['baseline']}"] = lead(row)
     for row in records(paper):
         place = (row["data"], "", scale(row["fraction"]), row["source"])
-        cells.setdefault(place, {})[row["method"]] = number(100 * row["mean"], 2, sign=True)
-    challengers = [name for name in params.study.challengers if name != params.study.baseline]
-    shown = pd.DataFrame(
-        [[*place, *(texts.get(name, "") for name in challengers), source] for (*place, source), texts in cells.items()],
-        columns=["data set", "recipe", "training images", *(f"{name} minus {params.study.baseline}" for name in challengers), "source"],
-    )
+        cells.setdefault(place, {})[f"{row['method']} minus {row['baseline']}"] = number(100 * row["mean"], 2, sign=True)
+    columns = [f"{name} minus {params.study.baseline}" for name in params.study.challengers if name != params.study.baseline]
     caption = (
         f"Lead over `{params.study.baseline}` in points of test top-1. {sure(params)} Rows with “minus” are the headline: how a lead "
-        "changes from the small to the large scale, or from the weak to the strong recipe; positive means that it shrinks. "
-        "All scales of a data set see equally many images. "
-        f"Verdicts hold family-wise at {100 * params.study.confidence:g} % (Holm over the answers to one question on one data "
-        "set), so they are stricter than the intervals. The paper publishes no intervals."
+        "changes from the small to the large scale, or from the weak to the strong recipe; positive means that it shrinks. All scales of a "
+        f"data set see equally many images. {family(params)}, so they are stricter than the intervals. The paper publishes no intervals."
     )
+    shown = spread(cells, ["data set", "recipe", "training images"], columns, "source")
     frame = pd.concat([ours, paper], ignore_index=True).astype({"n": "Int64"})
     title = f"Does the lead over {params.study.baseline} shrink with more data and a stronger recipe?"
     return Table("data_scale", title, caption, frame, shown)
@@ -76,8 +83,8 @@ def accuracies(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
         item = params.comparisons[name]
         where = {key: getattr(item, key) for key in ("data", "recipe", "fraction", "teacher", "student")}
         for method in item.methods:
-            estimate = stats.estimate(by_seed(runs, name, method), params.study.confidence)
-            rows.append({"comparison": name, **where, "train_images": train_images(runs, name), "method": method, **as_columns(estimate)})
+            row = {"comparison": name, **where, "train_images": train_images(runs, name), "method": method}
+            rows.append(row | estimated(params, runs, name, method))
     return pd.DataFrame(rows)
 
 
@@ -103,15 +110,12 @@ def recipes_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, tea
     places = ["data", "teacher", "student", "recipe", "epochs"]
     for _, part in paper.groupby(places, sort=False, dropna=False):
         row = records(part)[0]
-        how = row["recipe"] + ("" if pd.isna(row["epochs"]) else f", {row['epochs']} epochs")
-        key = (row["data"], how, scale(1.0), f"{row['teacher']} → {row['student']}", "; ".join(dict.fromkeys(part["source"])))
-        cells[key] = {method: number(100 * value, 2) for method, value in zip(part["method"], part["mean"], strict=True)}
+        models, sources = f"{row['teacher']} → {row['student']}", "; ".join(dict.fromkeys(part["source"]))
+        texts = {method: number(100 * value, 2) for method, value in zip(part["method"], part["mean"], strict=True)}
+        cells[row["data"], published.how(row), scale(1.0), models, sources] = texts
     methods = [name for name in params.methods if name in set(ours["method"])]
     columns = ["teacher", *methods, *(f"{name} minus {params.study.baseline}" for name in params.study.challengers if name in methods)]
-    shown = pd.DataFrame(
-        [[*place, *(texts.get(column, "") for column in columns), source] for (*place, source), texts in cells.items()],
-        columns=["data set", "recipe", "training images", "teacher → student", *columns, "source"],
-    )
+    shown = spread(cells, ["data set", "recipe", "training images", "teacher → student"], columns, "source")
     caption = (
         f"Test top-1 in percent, differences in points. {sure(params)} Verdicts as in the table data_scale. Published rows stand as "
         "printed; a cell that nobody measured or published is blank."
@@ -123,20 +127,15 @@ def recipes_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, tea
 def measures_table(params: Params, runs: pd.DataFrame) -> Table:
     """All six measures of the test split."""
     students = runs[~runs["trial"]]
-    rows: list[dict[str, Any]] = []
+    rows, cells = [], Cells()
     for name in ordered(params):
         for variant in dict.fromkeys(students.loc[students["comparison"] == name, "variant"]):
             for measure in collect.MEASURES:
-                estimate = stats.estimate(by_seed(students, name, variant, f"test_{measure}"), params.study.confidence)
-                rows.append({"comparison": name, "method": variant, "measure": measure, **as_columns(estimate)})
-    cells: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        cells.setdefault((row["comparison"], row["method"]), []).append(measured(row, percent=row["measure"] not in _NATS))
-    units = [f"{name} ({'nats' if name in _NATS else '%'})" for name in collect.MEASURES]
-    shown = pd.DataFrame(
-        [[name, params.comparisons[name].data, variant, *values] for (name, variant), values in cells.items()],
-        columns=["comparison", "data set", "method", *units],
-    )
+                estimate = estimated(params, students, name, variant, f"test_{measure}")
+                rows.append({"comparison": name, "method": variant, "measure": measure, **estimate})
+                texts = cells.setdefault((name, params.comparisons[name].data, variant), {})
+                texts[_UNITS[measure]] = measured(estimate, percent=measure not in _NATS)
+    shown = spread(cells, ["comparison", "data set", "method"], _UNITS.values())
     caption = (
         f"On the test split, at the last epoch. {sure(params)} nll: negative log-likelihood; ece: expected calibration error; agreement: "
         "share of images on which student and teacher choose the same class; teacher_kl: KL of the student's answers from the teacher's."

@@ -6,18 +6,12 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib.config.schema import Params, Sweep
-from kdlib.study.report import stats
-from kdlib.study.report.differences import by_seed, leads, ordered, same_setting
-from kdlib.study.report.render import TIMES, Table, as_columns, lead, measured, number, records
+from kdlib.config.schema import Params
+from kdlib.study.report.differences import estimated, leads, ordered, same_setting, sweeps
+from kdlib.study.report.render import TIMES, Cells, Table, lead, measured, number, records, spread
 from kdlib.study.report.tables.comparisons import sure
 
 _COUNTS = ["images_seen", "student_parameters", "extra_parameters", "train_flops", "teacher_flops"]
-
-
-def sweeps(params: Params) -> dict[str, Sweep]:
-    """The comparisons that tune, with what they try."""
-    return {name: sweep for name in ordered(params) if (sweep := params.comparisons[name].sweep) is not None}
 
 
 def grid(params: Params, runs: pd.DataFrame, comparison: str, method: str) -> pd.DataFrame:
@@ -40,15 +34,12 @@ def _grid(params: Params, runs: pd.DataFrame, comparison: str, method: str) -> T
     item, sweep = params.comparisons[comparison], sweeps(params)[comparison]
     frame = grid(params, runs, comparison, method)
     *first, last = sweep.grids[method]
-    values = sorted(set(frame[last]))
-    cells: dict[tuple[float, ...], dict[float, str]] = {}
+    cells: Cells = {}
     for row in records(frame):
         cell = number(100 * row["val_top1"]) if row["status"] == "finished" else row["status"]
-        cells.setdefault(tuple(row[axis] for axis in first), {})[row[last]] = cell + (" (chosen)" if row["chosen"] else "")
-    shown = pd.DataFrame(
-        [[*(f"{value:g}" for value in place), *(texts.get(value, "") for value in values)] for place, texts in cells.items()],
-        columns=[*first, *(f"{last} {value:g}" for value in values)],
-    )
+        texts = cells.setdefault(tuple(f"{row[axis]:g}" for axis in first), {})
+        texts[f"{last} {row[last]:g}"] = cell + (" (chosen)" if row["chosen"] else "")
+    shown = spread(cells, first, (f"{last} {value:g}" for value in sorted(set(frame[last]))))
     caption = (
         f"Validation top-1 in percent, {item.data} ({100 * item.fraction:g} % of the training images, recipe {item.recipe}): {len(frame)} "
         f"trials, one run each at seed {sweep.seed} (n=1, so no interval). The point was chosen by these numbers, not by the test split."
@@ -62,9 +53,8 @@ def tuning_table(params: Params, runs: pd.DataFrame) -> Table:
 
     A row of ``frame`` with a ``baseline`` is a difference, one without is an accuracy.
     """
-    everyone = leads(params, runs)
-    baseline = params.study.baseline
-    against = [baseline, f"{baseline}_tuned"]
+    everyone, against = leads(params, runs), [params.study.baseline, f"{params.study.baseline}_tuned"]
+    everyone = everyone[everyone["question"].isin(("lead", "tuning"))]
     rows: list[dict[str, Any]] = []
     shown = []
     for comparison, sweep in sweeps(params).items():
@@ -72,7 +62,7 @@ def tuning_table(params: Params, runs: pd.DataFrame) -> Table:
             for variant in (method, f"{method}_tuned"):
                 own, home = _tuning_row(params, runs, comparison, method, variant)
                 ahead = everyone[(everyone["comparison"] == home) & (everyone["method"] == variant)]
-                versus = {row["baseline"]: row for row in records(ahead) if row["question"] in ("lead", "tuning")}
+                versus = {row["baseline"]: row for row in records(ahead)}
                 rows += [own, *({**own, **versus[name]} for name in against if name in versus)]
                 place = [own["data"], f"{own['recipe']}, {100 * own['fraction']:g} %", variant, own["parameters"], str(own["trials"])]
                 shown.append([*place, measured(own), *(lead(versus[name]) if name in versus else "" for name in against)])
@@ -81,10 +71,10 @@ def tuning_table(params: Params, runs: pd.DataFrame) -> Table:
     heads = ["data set", "recipe, images", "method", "parameters", "trials", "test top-1", *(f"minus {name}" for name in against)]
     seeds = ", ".join(sorted({str(sweep.seed) for sweep in sweeps(params).values()}))
     caption = (
-        f"Test top-1 in percent, differences in points. {sure(params)} `_tuned` uses the point of the grid with the best validation "
-        f"top-1 at seed {seeds}, after the same number of trials for every method; the test split took no part in the choice. Untuned "
-        "methods come from the comparison with the same data, images, models and recipe; their verdicts are those of the table "
-        "data_scale. Verdicts of tuned methods: Holm over this table's pairs on one data set."
+        f"Test top-1 in percent, differences in points. {sure(params)} `_tuned` uses the point of the grid with the best validation top-1 "
+        f"at seed {seeds}, after the same number of trials for every method; the test split took no part in the choice. Untuned methods "
+        "come from the comparison with the same data, images, models and recipe; their verdicts are those of the table data_scale. "
+        "Verdicts of tuned methods: Holm over this table's pairs on one data set."
     )
     title = "What tuning gains, with equal effort for every method"
     return Table("tuning", title, caption, frame.astype({"trial_seed": "Int64"}), pd.DataFrame(shown, columns=heads))
@@ -97,11 +87,10 @@ def _tuning_row(params: Params, runs: pd.DataFrame, comparison: str, method: str
     home = comparison if tuned else same_setting(params, comparison, method)
     texts: list[str] = list(runs.loc[(runs["comparison"] == (home or "")) & (runs["variant"] == variant), "parameters"])
     values = json.loads(texts[0]) if texts else {}
-    row: dict[str, Any] = {key: getattr(item, key) for key in ("data", "recipe", "fraction")}
-    row |= {"comparison": home or comparison, "method": variant}
+    row = {key: getattr(item, key) for key in ("data", "recipe", "fraction")} | {"comparison": home or comparison, "method": variant}
     row |= {"parameters": ", ".join(f"{axis} {values[axis]:g}" for axis in sweep.grids[method] if axis in values)}
     row |= {"trials": _trials(runs, comparison, method) if tuned else 0, "trial_seed": sweep.seed if tuned else None}
-    return row | as_columns(stats.estimate(by_seed(runs, home, variant) if home else {}, params.study.confidence)), home
+    return row | estimated(params, runs, home or "", variant), home
 
 
 def _trials(runs: pd.DataFrame, comparison: str, method: str) -> int:
@@ -129,8 +118,8 @@ def cost_table(params: Params, runs: pd.DataFrame) -> Table:
     heads += ["teacher TFLOPs", f"student, relative to {params.study.baseline}", "students sharing the teacher", "trials"]
     caption = (
         "Per finished run, the same for every seed. TFLOPs: 1e12 floating point operations. Student: forward and backward passes of the "
-        "whole training. Teacher: one pass over the same images, made once and shared by so many students of a seed. Trials: further "
-        "runs that chose the row's parameters, each as costly as the row itself."
+        "whole training. Teacher: one pass over the same images, made once and shared by so many students of a seed. Trials: further runs "
+        "that chose the row's parameters, each as costly as the row itself."
     )
     shown = pd.DataFrame([_cost_row(row) for row in rows], columns=heads)
     return Table("cost", "What each row cost", caption, pd.DataFrame(rows, columns=columns), shown)

@@ -38,8 +38,8 @@ def reproduction_table(planned: Params, runs: pd.DataFrame, teachers: pd.DataFra
     shown = pd.DataFrame([_shown(row) for row in rows])
     caption = (
         f"Percent, differences in points; published numbers as printed. {sure(planned)} A method that was not trained here stands beside "
-        f"`{planned.study.baseline}`. Met: the published number lies in our interval; "
-        "of one seed, and where no public source gives all settings (assumed), nothing is said. Blank: not measured."
+        f"`{planned.study.baseline}`. Met: the published number lies in our interval; of one seed, and where no public source gives all "
+        "settings (assumed), nothing is said. Blank: not measured."
     )
     return Table("published", "Published numbers beside measured ones", caption, frame, shown)
 
@@ -97,12 +97,11 @@ def _verdict(estimate: stats.Estimate, row: dict[str, Any], settings: str) -> st
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
     pair = " → ".join(str(row[key]) for key in ("teacher", "student") if not pd.isna(row[key]))
-    recipe = ", ".join([str(row["recipe"])] * (not pd.isna(row["recipe"])) + [f"{row['epochs']} epochs"] * (not pd.isna(row["epochs"])))
     return {
         "table": row["table"],
         "data set": row["dataset"],
         "teacher → student": pair,
-        "recipe": recipe,
+        "recipe": published.how(row),
         "method": str(row["method"]).replace(_MINUS, " minus "),
         "measure": str(row["metric"]).replace("_gap_points", ""),
         "published": number(row["value"], 2, sign=_MINUS in str(row["method"])),
