@@ -60,8 +60,8 @@ ALONE: dict[str, tuple[str, object, tuple[str, ...]]] = {
     "optimizer of second order": ("recipes.weak.optimizer", "adahessian", ("works on this machine", "choose another")),
     "unknown student": (
         "comparisons.small_weak.student",
-        "kd_resnet8_w8_s",
-        ("found 'kd_resnet8_w8_s'", "did you mean 'kd_resnet8_w8_s1'?"),
+        "kd_resnet_8_w8_s1",
+        ("found 'kd_resnet_8_w8_s1'", "did you mean 'kd_resnet8_w8_s1'?"),
     ),
     "unknown teacher": ("teachers.small.model", "resnet19", ("found 'resnet19'", "did you mean 'resnet18'?")),
     "unknown weights": ("teachers.small.model", "resnet18.best", ("found 'resnet18.best'", "did you mean 'resnet18'?")),

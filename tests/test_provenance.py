@@ -35,7 +35,7 @@ REPEATS: dict[str, set[str]] = {
     **{method.__module__: {name} for name, method in METHODS.items()},
     "kdlib.losses.kd": {"kd", "funmatch", "lskd"},
     "kdlib.losses.logits": {"kd", "dkd", "funmatch", "lskd", "nkd"},
-    "kdlib.losses.stages": {"at", "cc", "crd", "fitnet", "ofa", "reviewkd", "rkd", "sp", "vid"},
+    "kdlib.losses.stages": {"at", "fitnet", "ofa", "reviewkd", "sp", "vid"},
     **dict.fromkeys(("kdlib.losses.base", "kdlib.losses.hard"), EVERY),
     **dict.fromkeys(("kdlib.engine", "kdlib.views", "kdlib.models", "kdlib.decoding"), EVERY),
     **dict.fromkeys(("kdlib.data", *(f"kdlib.data.{name}" for name in ("dataset", "lazy_images", "paths", "splits"))), EVERY),
