@@ -127,7 +127,7 @@ def test_two_processes_are_one_with_two_groups(two: list[dict[str, Any]], one: d
 def test_the_groups_matter(one: dict[str, dict[str, Any]]) -> None:
     """The test above could have failed: one process that takes half of each batch ends elsewhere."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("kdlib.engine.loop.own", lambda _: range(1))
+        patched.setattr("kdlib.engine.loop.local_groups", lambda _: range(1))
         half = train(("kd",), STEPS)
     assert not torch.allclose(half["kd"]["losses"], one["kd"]["losses"], atol=1e-3)
 
