@@ -95,11 +95,10 @@ def _methods(
     item = params.comparisons[names[-1]]
     models = f"{params.teachers[item.teacher].model} ({number(100 * teachers[item.teacher])} %) → {item.student}"
     title = f"Every method on {item.data}: {models}, recipe {item.recipe}, hard label {params.recipes[item.recipe].hard_loss}"
-    theirs = paper.assign(mean=paper["top1"], source=paper["kind"] + ": " + paper["source"]).drop(columns=["top1", "kind"])
-    frame = stacked({"accuracy": reached, "lead": ahead, "scale": change, "cost": cost, "published": theirs})
+    frame = stacked({"accuracy": reached, "lead": ahead, "scale": change, "cost": cost, "published": paper.rename(columns={"top1": "mean"})})
     frame = frame.astype({key: "Int64" for key in ("n", "epochs", *_SIZES) if key in frame})
-    name, caption = called(params, "methods", names), _caption(params, names, paper)
-    return Table(name, title, caption, frame[["question", *frame.columns.drop("question")]], shown)
+    frame = frame[["question", *frame.columns.drop("question")]]
+    return Table(called(params, "methods", names), title, _caption(params, names, paper), frame, shown)
 
 
 def _texts(frame: pd.DataFrame, tell: Callable[[dict[str, Any]], str]) -> dict[str, str]:
@@ -145,7 +144,7 @@ def _caption(params: Params, names: list[str], paper: pd.DataFrame) -> str:
 def _theirs(paper: pd.DataFrame) -> str:
     if paper.empty:
         return ""
-    sources = "; ".join(f"{how}: {', '.join(dict.fromkeys(part['kind'] + ': ' + part['source']))}" for how, part in _settings(paper))
+    sources = "; ".join(f"{how}: {', '.join(dict.fromkeys(part['source']))}" for how, part in _settings(paper))
     places = "; ".join(dict.fromkeys(paper["data"] + ", " + paper["teacher"] + " → " + paper["student"]))
     return (
         f" Published top-1 ({places}) as printed, blank where nobody published it; its sources: {sources}. The official commands of these "

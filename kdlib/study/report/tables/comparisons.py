@@ -66,8 +66,7 @@ def data_scale_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) 
     )
     shown = spread(cells, ["data set", "recipe", "training images"], columns, "source")
     frame = pd.concat([ours, paper], ignore_index=True).astype({"n": "Int64"})
-    title = f"Does the lead over {params.study.baseline} shrink with more data and a stronger recipe?"
-    return Table("data_scale", title, caption, frame, shown)
+    return Table("data_scale", f"Does the lead over {params.study.baseline} shrink with more data and a stronger recipe?", caption, frame, shown)
 
 
 def _place(params: Params, row: dict[str, Any]) -> str:
@@ -93,13 +92,10 @@ def recipes_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, tea
 
     A row of ``frame`` with a ``baseline`` is a difference, one without is an accuracy.
     """
-    ahead = leads(params, runs)
-    ours = pd.concat([accuracies(params, runs), ahead[ahead["question"] == "lead"]], ignore_index=True).assign(source=HERE)
-    ours = ours.drop(columns=["question", "scale"])
+    ahead = leads(params, runs).query("question == 'lead'").drop(columns=["question", "scale"])
+    ours = pd.concat([accuracies(params, runs), ahead], ignore_index=True).assign(source=HERE)
     paper = pd.concat([published.table1(numbers), published.strategies(numbers)], ignore_index=True)
-    paper = paper.assign(
-        method=paper["method"].replace("student", alone(runs)), mean=paper["top1"], source=paper["kind"] + ": " + paper["source"]
-    ).drop(columns=["top1", "kind"])
+    paper = paper.assign(method=paper["method"].replace("student", alone(runs))).rename(columns={"top1": "mean"})
     teacher = dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
     cells: Cells = {}
     for row in records(ours):
@@ -107,8 +103,7 @@ def recipes_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, tea
         texts = cells.setdefault(place, {"teacher": number(100 * teacher[row["teacher"]]) if row["teacher"] in teacher else ""})
         against = row["baseline"]
         texts[row["method"] if pd.isna(against) else f"{row['method']} minus {against}"] = measured(row) if pd.isna(against) else lead(row)
-    places = ["data", "teacher", "student", "recipe", "epochs"]
-    for _, part in paper.groupby(places, sort=False, dropna=False):
+    for _, part in paper.groupby(["data", "teacher", "student", "recipe", "epochs"], sort=False, dropna=False):
         row = records(part)[0]
         models, sources = f"{row['teacher']} → {row['student']}", "; ".join(dict.fromkeys(part["source"]))
         texts = {method: number(100 * value, 2) for method, value in zip(part["method"], part["mean"], strict=True)}
