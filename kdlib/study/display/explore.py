@@ -37,8 +37,7 @@ def predictions(experiment: Experiment, comparison: str, folder: Path, split: st
     item = experiment.params.comparisons[known("comparisons", comparison, experiment.params.comparisons)]
     images = getattr(experiment.data(item.data), split)
     frame = pd.DataFrame({"label": images.labels})
-    models = {"teacher": experiment.teacher(item.teacher)[0], "student": experiment.student(comparison, folder)}
-    for name, model in models.items():
+    for name, model in (("teacher", experiment.teacher(item.teacher)[0]), ("student", experiment.student(comparison, folder))):
         logits = predict(model, images.images, EVALUATION_BATCH, experiment.device)
         if not logits.isfinite().all():
             raise Refused(f"{folder}: its {name} gives logits that are not finite (it diverged); choose another run")

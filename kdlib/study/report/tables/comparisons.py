@@ -45,8 +45,7 @@ def alone(runs: pd.DataFrame) -> str:
 
 def data_scale_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> Table:
     """The challengers' lead at each scale and recipe, how it changes, and the gaps of the paper's Figure 1."""
-    ours = leads(params, runs)
-    ours = ours[ours["question"].isin(("lead", "scale", "recipe"))].assign(source=HERE)
+    ours = leads(params, runs).query("question in ('lead', 'scale', 'recipe')").assign(source=HERE)
     paper = published.figure1(numbers).rename(columns={"lead": "mean"})
     paper = paper[paper["method"].isin(params.study.challengers) & (paper["baseline"] == params.study.baseline)]
     paper = paper.assign(question="published", source=f"{PAPER}, Figure 1, " + paper["kind"] + ": " + paper["source"]).drop(columns="kind")
@@ -66,7 +65,8 @@ def data_scale_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) 
     )
     shown = spread(cells, ["data set", "recipe", "training images"], columns, "source")
     frame = pd.concat([ours, paper], ignore_index=True).astype({"n": "Int64"})
-    return Table("data_scale", f"Does the lead over {params.study.baseline} shrink with more data and a stronger recipe?", caption, frame, shown)
+    title = f"Does the lead over {params.study.baseline} shrink with more data and a stronger recipe?"
+    return Table("data_scale", title, caption, frame, shown)
 
 
 def _place(params: Params, row: dict[str, Any]) -> str:
@@ -80,10 +80,9 @@ def accuracies(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name in ordered(params):
         item = params.comparisons[name]
-        where = {key: getattr(item, key) for key in ("data", "recipe", "fraction", "teacher", "student")}
-        for method in item.methods:
-            row = {"comparison": name, **where, "train_images": train_images(runs, name), "method": method}
-            rows.append(row | estimated(params, runs, name, method))
+        where = {"comparison": name} | {key: getattr(item, key) for key in ("data", "recipe", "fraction", "teacher", "student")}
+        where["train_images"] = train_images(runs, name)
+        rows += [{**where, "method": method, **estimated(params, runs, name, method)} for method in item.methods]
     return pd.DataFrame(rows)
 
 
@@ -95,7 +94,7 @@ def recipes_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, tea
     ahead = leads(params, runs).query("question == 'lead'").drop(columns=["question", "scale"])
     ours = pd.concat([accuracies(params, runs), ahead], ignore_index=True).assign(source=HERE)
     paper = pd.concat([published.table1(numbers), published.strategies(numbers)], ignore_index=True)
-    paper = paper.assign(method=paper["method"].replace("student", alone(runs))).rename(columns={"top1": "mean"})
+    paper = paper.assign(method=paper["method"].replace("student", alone(runs)))
     teacher = dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
     cells: Cells = {}
     for row in records(ours):
