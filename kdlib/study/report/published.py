@@ -43,7 +43,7 @@ def strategies(published: pd.DataFrame) -> pd.DataFrame:
 
 
 def _accuracies(published: pd.DataFrame, tables: list[str]) -> pd.DataFrame:
-    """data, teacher, student, recipe, epochs, method (or ``student`` alone, or ``teacher``), mean (of top-1, in [0, 1]), kind: source."""
+    """data, teacher, student, recipe, epochs, method (or ``student`` alone, or ``teacher``), mean (of top-1, in [0, 1]), "kind: source"."""
     rows = published[published["table"].isin(tables) & (published["metric"] == "top1")].reset_index(drop=True)
     rows = rows.rename(columns={"dataset": "data"}).assign(mean=rows["value"] / 100, source=rows["kind"] + ": " + rows["source"])
     return rows[["data", "teacher", "student", "recipe", "epochs", "method", "mean", "source"]]
