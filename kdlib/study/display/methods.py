@@ -118,7 +118,7 @@ def gradient(name: str, parameters: Mapping[str, float]) -> Output:
 
 def probabilities() -> Figure:
     """The four images: probabilities at temperature 1 that student and teacher give the classes, the label in bold type."""
-    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.2), layout="tight")
+    figure, axes = plt.subplots(1, 2, figsize=(6.4, 2.2))
     for axis, who in zip(axes, ("student", "teacher"), strict=True):
         _heat(axis, output_of(who).logits.softmax(dim=1), f"{who}'s probabilities", CLASSES, "Blues")
         for row, label in enumerate(BATCH.labels.tolist()):
@@ -133,8 +133,7 @@ def gradients(name: str, parameters: Mapping[str, float]) -> Figure:
     for what, stages in (("maps", slopes.need(Feature.MAPS)), ("preactivations", slopes.need(Feature.PREACTIVATIONS))):
         parts |= {f"{what}\nstage {i + 1}, image 1": stage for i, stage in enumerate(stages)}
     shown = [(what, part) for what, part in parts.items() if part.abs().max() > 0]
-    columns = max(1, len(shown))
-    figure, axes = plt.subplots(1, columns, figsize=(0.4 + 2.1 * columns, 2.2), squeeze=False, layout="tight")
+    figure, axes = plt.subplots(1, max(1, len(shown)), figsize=(0.4 + 2.1 * max(1, len(shown)), 2.2), squeeze=False)
     for axis, (what, part) in zip(axes.flat, shown, strict=False):
         if part.ndim == 2:
             _heat(axis, part, what, CLASSES if what == "logits" else [f"{i + 1}" for i in range(part.shape[1])], "RdBu_r")
@@ -160,5 +159,6 @@ def _heat(axis: Axes, values: Tensor, title: str, columns: list[str], colours: s
 
 
 def _finished(figure: Figure) -> Figure:
+    figure.tight_layout()
     plt.close(figure)  # shown by whoever asked for it, and not a second time at the end of the cell
     return figure

@@ -45,16 +45,18 @@ def image_sheet(grid: list[list[np.ndarray]], titles: list[str], title: str) -> 
             axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
         panels[0].set_ylabel(name, rotation=0, ha="right", va="center")
     figure.suptitle(title)
+    figure.tight_layout()
     return figure
 
 
 def balance(data: DataSet) -> Figure:
     """Images of each class in each split."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 2.6), layout="tight")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 2.6))
     for axis, (name, split) in zip(axes, _splits(data).items(), strict=True):
         counts = np.bincount(split.labels, minlength=data.classes)
         axis.bar(np.arange(data.classes), counts, width=1.0)
         axis.set(title=f"{name}: {len(split.labels):,} images, {counts.min()} to {counts.max()} per class", xlabel="class", ylabel="images")
+    figure.tight_layout()
     return figure
 
 
@@ -78,7 +80,7 @@ def by_name(folders: Iterable[Path]) -> dict[str, Path]:
 
 def training_curves(named: Mapping[str, Path]) -> Figure:
     """Training loss and validation top-1 against the images seen. Runs of one method share a colour."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="tight")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4))
     colours: dict[str, str] = {}
     for name, folder in named.items():
         method = name.partition(",")[0]
@@ -90,6 +92,7 @@ def training_curves(named: Mapping[str, Path]) -> Figure:
     left.set(xlabel="images seen", ylabel="training loss, all terms")
     right.set(xlabel="images seen", ylabel="validation top-1, %")
     right.legend()
+    figure.tight_layout()
     return figure
 
 
@@ -129,6 +132,7 @@ def disagreements(data: DataSet, predictions: pd.DataFrame, columns: int = 6) ->
             says = [f"{who} {_name(data, row[who])} ({100 * row[who + '_p']:.0f} %)" for who in ("teacher", "student")]
             axis.set_xlabel("\n".join([f"true {_name(data, row['label'])}", *says]), fontsize="x-small")
     figure.suptitle(f"{data.name}: teacher and student differ on {len(differ):,} of {len(predictions):,} test images")
+    figure.tight_layout()
     return figure
 
 
@@ -143,8 +147,7 @@ def by_class(data: DataSet, predictions: pd.DataFrame) -> pd.DataFrame:
 
 def _sheet(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
     """Panels for images: no ticks, no frame."""
-    bare = {"xticks": [], "yticks": [], "frame_on": False}
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="tight", subplot_kw=bare)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
 
 
 def _splits(data: DataSet) -> dict[str, Any]:
