@@ -10,8 +10,6 @@ from kdlib.study.report import collect
 from kdlib.study.training import planned
 from kdlib.study.training.experiment import Experiment
 
-_KEYS = ["comparison", "variant", "seed"]
-
 
 def finished(experiment: Experiment) -> pd.DataFrame:
     """The finished runs of params.yaml in its order, with the columns of results/runs.csv, by (comparison, variant, seed).
@@ -22,7 +20,7 @@ def finished(experiment: Experiment) -> pd.DataFrame:
     there = [run for run in expected if (planned.run_folder(experiment.root, run) / "metrics.json").is_file()]
     if not there:
         raise Refused(f"runs: found none of the {len(expected)} that params.yaml asks for in {experiment.root}; run `make study` first")
-    return collect.collect(experiment.root, there).set_index(_KEYS)
+    return collect.collect(experiment.root, there).set_index(["comparison", "variant", "seed"])
 
 
 def folders(experiment: Experiment, runs: pd.DataFrame) -> dict[str, Path]:
@@ -39,8 +37,7 @@ def predictions(experiment: Experiment, comparison: str, folder: Path, split: st
     item = experiment.params.comparisons[known("comparisons", comparison, experiment.params.comparisons)]
     images = getattr(experiment.data(item.data), split)
     frame = pd.DataFrame({"label": images.labels})
-    models = {"teacher": experiment.teacher(item.teacher)[0], "student": experiment.student(comparison, folder)}
-    for name, model in models.items():
+    for name, model in (("teacher", experiment.teacher(item.teacher)[0]), ("student", experiment.student(comparison, folder))):
         logits = predict(model, images.images, EVALUATION_BATCH, experiment.device)
         if not logits.isfinite().all():
             raise Refused(f"{folder}: its {name} gives logits that are not finite (it diverged); choose another run")

@@ -139,8 +139,7 @@ def disagreements(data: DataSet, predictions: pd.DataFrame, columns: int = 6) ->
 def by_class(data: DataSet, predictions: pd.DataFrame) -> pd.DataFrame:
     """One row per true class, the least agreed on first: images, top-1 of both and how often they agree, as shares in [0, 1]."""
     right = {f"{who}_top1": predictions[who] == predictions["label"] for who in ("teacher", "student")}
-    agree = predictions["teacher"] == predictions["student"]
-    groups = predictions.assign(**right, agreement=agree).groupby("label")
+    groups = predictions.assign(**right, agreement=predictions["teacher"] == predictions["student"]).groupby("label")
     frame = groups[[*right, "agreement"]].mean().assign(images=groups.size())
     frame.index = pd.Index([data.class_names[label] for label in frame.index], name="class")
     return frame.sort_values("agreement", kind="stable").round(4)
@@ -148,8 +147,7 @@ def by_class(data: DataSet, predictions: pd.DataFrame) -> pd.DataFrame:
 
 def _sheet(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
     """Panels for images: no ticks, no frame."""
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
-    return figure, axes
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, subplot_kw={"xticks": [], "yticks": [], "frame_on": False})
 
 
 def _splits(data: DataSet) -> dict[str, Any]:

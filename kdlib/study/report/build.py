@@ -46,7 +46,6 @@ TABLES: dict[str, Callable[[Params, Numbers], list[Table]]] = {
     "measures": lambda params, of: [measures_table(params, of.runs)],
 }
 # What they say on the headline's data set, a sentence each.
-SENTENCES: dict[str, Callable[[Params, pd.DataFrame], list[str]]]
 SENTENCES = {"data_scale": changes, "tuning": tuned, "methods": ranked, "losses": labelled}
 
 

@@ -1,7 +1,7 @@
 """Who leads whom, by how much, and how sure that is: every difference that the tables, the figures and the README speak of."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -79,13 +79,12 @@ def verdict_table(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
 
 def ordered(params: Params) -> list[str]:
     """The names of all comparisons: the headline's data set first, then by data set, models, recipe (in params.yaml's order), scale."""
-    data = [params.study.headline.data, *params.data]
-
-    def key(name: str) -> tuple[int, str, str, int, float]:
-        item = params.comparisons[name]
-        return data.index(item.data), item.teacher, item.student, list(params.recipes).index(item.recipe), item.fraction
-
-    return sorted(params.comparisons, key=key)
+    data, recipes = [params.study.headline.data, *params.data], list(params.recipes)
+    keys = {
+        name: (data.index(item.data), item.teacher, item.student, recipes.index(item.recipe), item.fraction)
+        for name, item in params.comparisons.items()
+    }
+    return sorted(keys, key=lambda name: keys[name])
 
 
 def sweeps(params: Params) -> dict[str, Sweep]:
@@ -99,8 +98,7 @@ def contests(params: Params) -> dict[tuple[str, str, str], dict[str, dict[float,
     for name in ordered(params):
         item = params.comparisons[name]
         if params.study.baseline in item.methods and _challengers(params, name):
-            places = settings.setdefault((item.data, item.teacher, item.student), {})
-            places.setdefault(item.recipe, {}).setdefault(item.fraction, name)
+            settings.setdefault((item.data, item.teacher, item.student), {}).setdefault(item.recipe, {}).setdefault(item.fraction, name)
     return settings
 
 
@@ -116,10 +114,9 @@ def hard_labels(params: Params) -> list[dict[str, str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def in_all(params: Params, comparisons: Iterable[str]) -> list[str]:
+def in_all(params: Params, comparisons: Collection[str]) -> list[str]:
     """The methods that every one of these comparisons has, in params.yaml's order."""
-    lists = [params.comparisons[name].methods for name in comparisons]
-    return [method for method in params.methods if all(method in methods for methods in lists)]
+    return [method for method in params.methods if all(method in params.comparisons[name].methods for name in comparisons)]
 
 
 def _about(params: Params, runs: pd.DataFrame, answer: _Answer) -> dict[str, object]:
@@ -139,8 +136,7 @@ def _about(params: Params, runs: pd.DataFrame, answer: _Answer) -> dict[str, obj
 
 
 def _challengers(params: Params, *comparisons: str) -> list[str]:
-    shared = in_all(params, comparisons)
-    return [name for name in params.study.challengers if name != params.study.baseline and name in shared]
+    return [name for name in params.study.challengers if name != params.study.baseline and name in in_all(params, comparisons)]
 
 
 def _lead(params: Params, runs: pd.DataFrame, comparison: str, method: str) -> stats.BySeed:

@@ -27,9 +27,7 @@ def figure1(published: pd.DataFrame) -> pd.DataFrame:
     Source: Hao et al., "Revisit the power of vanilla knowledge distillation", NeurIPS 2023, Figure 1, read off the figure.
     """
     rows = published[published["table"] == "figure1"]
-    places = [_FRACTIONS.get(str(name), (str(name), 1.0)) for name in rows["dataset"]]
-    pairs = [str(name).split("_minus_") for name in rows["method"]]
-    about = [[*place, *pair] for place, pair in zip(places, pairs, strict=True)]
+    about = [[*_FRACTIONS.get(data, (data, 1.0)), *pair.split("_minus_")] for data, pair in rows[["dataset", "method"]].to_numpy()]
     frame = pd.DataFrame(about, columns=["data", "fraction", "method", "baseline"])
     return frame.assign(lead=(rows["value"] / 100).to_numpy(), **{name: rows[name].to_numpy() for name in ("kind", "source")})
 
@@ -45,10 +43,10 @@ def strategies(published: pd.DataFrame) -> pd.DataFrame:
 
 
 def _accuracies(published: pd.DataFrame, tables: list[str]) -> pd.DataFrame:
-    """data, teacher, student, recipe, epochs, method (or ``student`` alone, or ``teacher``), top1 (in [0, 1]), kind, source."""
+    """data, teacher, student, recipe, epochs, method (or ``student`` alone, or ``teacher``), mean (of top-1, in [0, 1]), "kind: source"."""
     rows = published[published["table"].isin(tables) & (published["metric"] == "top1")].reset_index(drop=True)
-    rows = rows.rename(columns={"dataset": "data"}).assign(top1=rows["value"] / 100)
-    return rows[["data", "teacher", "student", "recipe", "epochs", "method", "top1", "kind", "source"]]
+    rows = rows.rename(columns={"dataset": "data"}).assign(mean=rows["value"] / 100, source=rows["kind"] + ": " + rows["source"])
+    return rows[["data", "teacher", "student", "recipe", "epochs", "method", "mean", "source"]]
 
 
 def how(row: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,8 +79,7 @@ def verdict(mean: float, p_adjusted: float, confidence: float) -> Verdict:
     return "better" if mean > 0 else "worse"
 
 
-def holm_verdicts(family: Iterable[Estimate], confidence: float) -> list[tuple[Verdict, float]]:
+def holm_verdicts(family: Sequence[Estimate], confidence: float) -> list[tuple[Verdict, float]]:
     """The verdict and the adjusted p value of each member of one family."""
-    family = list(family)
     adjusted = holm([member.p for member in family])
     return [(verdict(member.mean, p, confidence), p) for member, p in zip(family, adjusted, strict=True)]

@@ -15,9 +15,6 @@ __all__ = ["DISAGREEMENTS", "Disagreement", "table"]
 
 def table() -> pd.DataFrame:
     """All of them, measured now: one row each."""
-    rows = []
-    for one in DISAGREEMENTS:
-        there, here = one.pair()
-        row = {"method": one.method, "who": one.who, "what they compute instead": one.instead, "measured": one.measured}
-        rows.append(row | {"there": there, "here": here, "difference": there - here})
-    return pd.DataFrame(rows)
+    rows = [(one.method, one.who, one.instead, one.measured, *one.pair()) for one in DISAGREEMENTS]
+    frame = pd.DataFrame(rows, columns=["method", "who", "what they compute instead", "measured", "there", "here"])
+    return frame.assign(difference=frame["there"] - frame["here"])

@@ -41,5 +41,4 @@ def share(holds: Tensor) -> float:
 def slope(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     """The gradient of a loss."""
     leaf = at.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
-    return gradient
+    return torch.autograd.grad(loss(leaf), leaf)[0]

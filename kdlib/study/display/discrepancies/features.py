@@ -23,7 +23,6 @@ from kdlib.types import Feature
 
 RKD_CODE = "lenscloth/RKD metric/loss.py; Hao840/vanillaKD losses/rkd.py; torchdistill 1.1 RKDLoss"
 
-
 STUDENT, TEACHER = (methods.output_of(who) for who in ("student", "teacher"))
 EMBEDDINGS = STUDENT.need(Feature.EMBEDDING), TEACHER.need(Feature.EMBEDDING)
 MAPS = STUDENT.need(Feature.MAPS), TEACHER.need(Feature.MAPS)

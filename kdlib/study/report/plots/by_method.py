@@ -87,11 +87,10 @@ def plot_costs(params: Params, runs: pd.DataFrame, timing: pd.DataFrame, names: 
             look = looks[row["looks_at"]]
             fill = look["color"] if row["together"] else "white"
             panel.errorbar(row["time"], row["top1"], yerr=row["half"], capsize=3, linewidth=1.2, markerfacecolor=fill, **look)
-        panel.set_xscale("log")
+        panel.set(xscale="log", xlabel=f"time per step, relative to {params.study.baseline}", title=_scale(params, runs, name))
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{TIMES}"))
         panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.set(xlabel=f"time per step, relative to {params.study.baseline}", title=_scale(params, runs, name))
     same_limits(axes[0], "x")
     for panel, points in zip(axes[0], points_of.values(), strict=True):
         _label(panel, {row["method"]: (row["time"], row["top1"]) for row in records(points)})

@@ -43,8 +43,7 @@ def plot_learning_curves(params: Params, curves: pd.DataFrame, data: str) -> Fig
 
 def plot_teachers(curves: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
     """Loss and validation top-1 of every trained teacher by epoch, with the test accuracy that its students rely on."""
-    figure, axes = panels(1, 2, (4.2, 3.4))
-    left, right = axes[0]
+    figure, [[left, right]] = panels(1, 2, (4.2, 3.4))
     tested = dict(zip(metrics["teacher"], metrics["test_top1"], strict=True))
     names = list(dict.fromkeys(curves["teacher"]))
     for name, colour in zip(names, sns.color_palette("colorblind", max(1, len(names))), strict=False):
@@ -64,8 +63,7 @@ def plot_teachers(curves: pd.DataFrame, metrics: pd.DataFrame) -> Figure:
 
 def plot_grids(params: Params, runs: pd.DataFrame, comparison: str) -> Figure:
     """Validation top-1 of every trial of a sweep, one heat map per method on one colour scale; the chosen point is framed."""
-    item = params.comparisons[comparison]
-    sweep = sweeps(params)[comparison]
+    item, sweep = params.comparisons[comparison], sweeps(params)[comparison]
     trials = {method: grid(params, runs, comparison, method) for method in sweep.grids}
     values = 100 * pd.concat([frame["val_top1"] for frame in trials.values()])
     figure, axes = panels(1, len(trials), (4.6, 3.8))

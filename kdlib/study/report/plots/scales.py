@@ -47,12 +47,11 @@ def _leads(axes: Axes, leads: pd.DataFrame, params: Params) -> None:
         look: dict[str, Any] = {"color": colours(params)[method], "marker": MARKERS[i], "capsize": 4, "linewidth": 1.6, "label": method}
         axes.errorbar(apart.to_numpy(float), 100 * rows["mean"].to_numpy(float), yerr=bars.to_numpy(float), **look)
     axes.axhline(0, color="0.35", linewidth=1)
-    axes.set_xscale("log")
+    axes.set(xscale="log", xlabel="training images")
     labels = [f"{row['train_images']:,.0f}\n({100 * row['fraction']:g} %)" for row in records(scales)]
     axes.set_xticks(scales["train_images"].to_numpy(float), labels)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.15)
-    axes.set(xlabel="training images")
     axes.legend(loc="best")
 
 
@@ -70,8 +69,7 @@ def _bars(axes: Axes, paper: pd.DataFrame, params: Params) -> None:
     axes.axhline(0, color="0.35", linewidth=1)
     axes.margins(y=0.12)
     axes.grid(axis="x", visible=False)
-    ylabel = f"lead over {params.study.baseline} (points of top-1)"
-    axes.set(xlabel="data set and share of its training images", ylabel=ylabel, title=PAPER)
+    axes.set(xlabel="data set and share of its training images", ylabel=f"lead over {params.study.baseline} (points of top-1)", title=PAPER)
 
 
 def plot_accuracies(params: Params, runs: pd.DataFrame, data: str) -> Figure:

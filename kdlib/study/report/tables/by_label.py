@@ -34,10 +34,7 @@ def _losses(params: Params, runs: pd.DataFrame, group: dict[str, str], name: str
     cells |= {(pairs[row["comparison"]], f"{row['method']}: minus {first}"): lead(row) for row in records(changed)}
     heads = [*methods, *(f"{method} minus {baseline}" for method in methods if method in set(ahead["method"]))]
     heads += [f"{method}: minus {first}" for method in methods]
-    shown = pd.DataFrame(
-        [[loss, *(cells.get((comparison, head), "") for head in heads)] for loss, comparison in group.items()],
-        columns=["hard label", *heads],
-    )
+    rows = [[loss, *(cells.get((comparison, head), "") for head in heads)] for loss, comparison in group.items()]
     caption = (
         f"Test top-1 in percent, differences in points, on {item.data} ({scale(item.fraction, train_images(runs, group[first]))}, "
         f"{item.teacher} → {item.student}); columns: the method that gives the soft label. The recipes are {item.recipe} with another loss "
@@ -46,4 +43,5 @@ def _losses(params: Params, runs: pd.DataFrame, group: dict[str, str], name: str
         "(results/published has none)."
     )
     frame = stacked({"accuracy": reached, "lead": ahead, "hard label": changed})
+    shown = pd.DataFrame(rows, columns=["hard label", *heads])
     return Table(name, "Which loss on the hard label, beside which soft label?", caption, frame, shown)

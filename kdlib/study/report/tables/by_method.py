@@ -89,17 +89,16 @@ def _methods(
     columns["extra parameters"] = _texts(cost, lambda row: f"{row['extra_parameters']:,}")
     columns["kept beside (MiB)"] = _texts(cost, lambda row: _mebibytes(row["extra_bytes"]))
     columns["step memory (MiB)"] = _texts(cost, lambda row: _mebibytes(row["step_bytes"]))
-    columns |= {f"published: {how}": _texts(part, lambda row: number(100 * row["top1"], 2)) for how, part in _settings(paper)}
+    columns |= {f"published: {how}": _texts(part, lambda row: number(100 * row["mean"], 2)) for how, part in _settings(paper)}
     methods = dict.fromkeys([*cost["method"], *reached["method"]])
     shown = pd.DataFrame(columns, index=list(methods)).fillna("").rename_axis("method").reset_index()
     item = params.comparisons[names[-1]]
     models = f"{params.teachers[item.teacher].model} ({number(100 * teachers[item.teacher])} %) → {item.student}"
     title = f"Every method on {item.data}: {models}, recipe {item.recipe}, hard label {params.recipes[item.recipe].hard_loss}"
-    theirs = paper.assign(mean=paper["top1"], source=paper["kind"] + ": " + paper["source"]).drop(columns=["top1", "kind"])
-    frame = stacked({"accuracy": reached, "lead": ahead, "scale": change, "cost": cost, "published": theirs})
+    frame = stacked({"accuracy": reached, "lead": ahead, "scale": change, "cost": cost, "published": paper})
     frame = frame.astype({key: "Int64" for key in ("n", "epochs", *_SIZES) if key in frame})
-    name, caption = called(params, "methods", names), _caption(params, names, paper)
-    return Table(name, title, caption, frame[["question", *frame.columns.drop("question")]], shown)
+    frame = frame[["question", *frame.columns.drop("question")]]
+    return Table(called(params, "methods", names), title, _caption(params, names, paper), frame, shown)
 
 
 def _texts(frame: pd.DataFrame, tell: Callable[[dict[str, Any]], str]) -> dict[str, str]:
@@ -120,11 +119,8 @@ def _mebibytes(size: Any) -> str:
 def _settings(paper: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """("A2, 300 epochs", its rows) for each published recipe; with the models, where there are several pairs of them."""
     several = len(paper[["teacher", "student"]].drop_duplicates()) > 1
-    settings = []
-    for _, part in paper.groupby(["recipe", "epochs", "teacher", "student"], sort=False, dropna=False):
-        row = records(part)[0]
-        settings.append((published.how(row) + f", {row['teacher']} → {row['student']}" * several, part))
-    return settings
+    parts = [part for _, part in paper.groupby(["recipe", "epochs", "teacher", "student"], sort=False, dropna=False)]
+    return [(published.how(row) + f", {row['teacher']} → {row['student']}" * several, part) for part in parts for row in records(part[:1])]
 
 
 def _caption(params: Params, names: list[str], paper: pd.DataFrame) -> str:
@@ -145,7 +141,7 @@ def _caption(params: Params, names: list[str], paper: pd.DataFrame) -> str:
 def _theirs(paper: pd.DataFrame) -> str:
     if paper.empty:
         return ""
-    sources = "; ".join(f"{how}: {', '.join(dict.fromkeys(part['kind'] + ': ' + part['source']))}" for how, part in _settings(paper))
+    sources = "; ".join(f"{how}: {', '.join(dict.fromkeys(part['source']))}" for how, part in _settings(paper))
     places = "; ".join(dict.fromkeys(paper["data"] + ", " + paper["teacher"] + " → " + paper["student"]))
     return (
         f" Published top-1 ({places}) as printed, blank where nobody published it; its sources: {sources}. The official commands of these "

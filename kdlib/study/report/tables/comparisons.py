@@ -45,8 +45,7 @@ def alone(runs: pd.DataFrame) -> str:
 
 def data_scale_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame) -> Table:
     """The challengers' lead at each scale and recipe, how it changes, and the gaps of the paper's Figure 1."""
-    ours = leads(params, runs)
-    ours = ours[ours["question"].isin(("lead", "scale", "recipe"))].assign(source=HERE)
+    ours = leads(params, runs).query("question in ('lead', 'scale', 'recipe')").assign(source=HERE)
     paper = published.figure1(numbers).rename(columns={"lead": "mean"})
     paper = paper[paper["method"].isin(params.study.challengers) & (paper["baseline"] == params.study.baseline)]
     paper = paper.assign(question="published", source=f"{PAPER}, Figure 1, " + paper["kind"] + ": " + paper["source"]).drop(columns="kind")
@@ -81,10 +80,9 @@ def accuracies(params: Params, runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name in ordered(params):
         item = params.comparisons[name]
-        where = {key: getattr(item, key) for key in ("data", "recipe", "fraction", "teacher", "student")}
-        for method in item.methods:
-            row = {"comparison": name, **where, "train_images": train_images(runs, name), "method": method}
-            rows.append(row | estimated(params, runs, name, method))
+        where = {"comparison": name} | {key: getattr(item, key) for key in ("data", "recipe", "fraction", "teacher", "student")}
+        where["train_images"] = train_images(runs, name)
+        rows += [{**where, "method": method, **estimated(params, runs, name, method)} for method in item.methods]
     return pd.DataFrame(rows)
 
 
@@ -93,13 +91,10 @@ def recipes_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, tea
 
     A row of ``frame`` with a ``baseline`` is a difference, one without is an accuracy.
     """
-    ahead = leads(params, runs)
-    ours = pd.concat([accuracies(params, runs), ahead[ahead["question"] == "lead"]], ignore_index=True).assign(source=HERE)
-    ours = ours.drop(columns=["question", "scale"])
+    ahead = leads(params, runs).query("question == 'lead'").drop(columns=["question", "scale"])
+    ours = pd.concat([accuracies(params, runs), ahead], ignore_index=True).assign(source=HERE)
     paper = pd.concat([published.table1(numbers), published.strategies(numbers)], ignore_index=True)
-    paper = paper.assign(
-        method=paper["method"].replace("student", alone(runs)), mean=paper["top1"], source=paper["kind"] + ": " + paper["source"]
-    ).drop(columns=["top1", "kind"])
+    paper = paper.assign(method=paper["method"].replace("student", alone(runs)))
     teacher = dict(zip(teachers["teacher"], teachers["test_top1"], strict=True))
     cells: Cells = {}
     for row in records(ours):
@@ -107,8 +102,7 @@ def recipes_table(params: Params, runs: pd.DataFrame, numbers: pd.DataFrame, tea
         texts = cells.setdefault(place, {"teacher": number(100 * teacher[row["teacher"]]) if row["teacher"] in teacher else ""})
         against = row["baseline"]
         texts[row["method"] if pd.isna(against) else f"{row['method']} minus {against}"] = measured(row) if pd.isna(against) else lead(row)
-    places = ["data", "teacher", "student", "recipe", "epochs"]
-    for _, part in paper.groupby(places, sort=False, dropna=False):
+    for _, part in paper.groupby(["data", "teacher", "student", "recipe", "epochs"], sort=False, dropna=False):
         row = records(part)[0]
         models, sources = f"{row['teacher']} → {row['student']}", "; ".join(dict.fromkeys(part["source"]))
         texts = {method: number(100 * value, 2) for method, value in zip(part["method"], part["mean"], strict=True)}

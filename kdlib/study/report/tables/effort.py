@@ -67,7 +67,7 @@ def tuning_table(params: Params, runs: pd.DataFrame) -> Table:
                 place = [own["data"], f"{own['recipe']}, {100 * own['fraction']:g} %", variant, own["parameters"], str(own["trials"])]
                 shown.append([*place, measured(own), *(lead(versus[name]) if name in versus else "" for name in against)])
     columns = ["comparison", "data", "recipe", "fraction", "method", "parameters", "trials", "trial_seed", "baseline"]
-    frame = pd.DataFrame(rows, columns=[*columns, "mean", "low", "high", "n", "seeds", "p_holm", "verdict"])
+    frame = pd.DataFrame(rows, columns=[*columns, "mean", "low", "high", "n", "seeds", "p_holm", "verdict"]).astype({"trial_seed": "Int64"})
     heads = ["data set", "recipe, images", "method", "parameters", "trials", "test top-1", *(f"minus {name}" for name in against)]
     seeds = ", ".join(sorted({str(sweep.seed) for sweep in sweeps(params).values()}))
     caption = (
@@ -76,8 +76,7 @@ def tuning_table(params: Params, runs: pd.DataFrame) -> Table:
         "come from the comparison with the same data, images, models and recipe; their verdicts are those of the table data_scale. "
         "Verdicts of tuned methods: Holm over this table's pairs on one data set."
     )
-    title = "What tuning gains, with equal effort for every method"
-    return Table("tuning", title, caption, frame.astype({"trial_seed": "Int64"}), pd.DataFrame(shown, columns=heads))
+    return Table("tuning", "What tuning gains, with equal effort for every method", caption, frame, pd.DataFrame(shown, columns=heads))
 
 
 def _tuning_row(params: Params, runs: pd.DataFrame, comparison: str, method: str, variant: str) -> tuple[dict[str, Any], str | None]:
@@ -99,8 +98,7 @@ def _trials(runs: pd.DataFrame, comparison: str, method: str) -> int:
 
 def cost_table(params: Params, runs: pd.DataFrame) -> Table:
     """What one run of each method costs, and how many trials chose it. Only what repeats exactly: seconds are in timing.csv."""
-    finished = runs[runs["status"] == "finished"]
-    students = finished[~finished["trial"]]
+    students = runs[~runs["trial"] & (runs["status"] == "finished")]
     rows: list[dict[str, Any]] = []
     for name in ordered(params):
         here = students[students["comparison"] == name]

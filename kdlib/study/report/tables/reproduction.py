@@ -35,13 +35,12 @@ def reproduction_table(planned: Params, runs: pd.DataFrame, teachers: pd.DataFra
             verdict = _verdict(estimate, row, settings) if method in (row["method"], alone(runs)) else ""
             rows.append({**row, "comparison": name, "settings": settings, "gap": gap, "verdict": verdict, **as_columns(estimate)})
     frame = pd.DataFrame(rows).astype({"n": "Int64"})
-    shown = pd.DataFrame([_shown(row) for row in rows])
     caption = (
         f"Percent, differences in points; published numbers as printed. {sure(planned)} A method that was not trained here stands beside "
         f"`{planned.study.baseline}`. Met: the published number lies in our interval; of one seed, and where no public source gives all "
         "settings (assumed), nothing is said. Blank: not measured."
     )
-    return Table("published", "Published numbers beside measured ones", caption, frame, shown)
+    return Table("published", "Published numbers beside measured ones", caption, frame, pd.DataFrame([_shown(row) for row in rows]))
 
 
 def _users(planned: Params, numbers: pd.DataFrame) -> dict[int, list[str]]:
@@ -64,8 +63,7 @@ def _method(planned: Params, runs: pd.DataFrame, row: dict[str, Any]) -> str:
     """What of ours stands beside a published row, in the file's terms."""
     if row["method"] == "student":
         return alone(runs)
-    known = {"teacher", *planned.methods}
-    return str(row["method"]) if set(row["method"].split(_MINUS)) <= known else planned.study.baseline
+    return str(row["method"]) if set(row["method"].split(_MINUS)) <= {"teacher", *planned.methods} else planned.study.baseline
 
 
 def _ours(planned: Params, runs: pd.DataFrame, teachers: pd.DataFrame, name: str, row: dict[str, Any]) -> stats.BySeed:
@@ -76,7 +74,7 @@ def _ours(planned: Params, runs: pd.DataFrame, teachers: pd.DataFrame, name: str
         return {}
     method, _, against = row["method"].partition(_MINUS)
     ours, theirs = (by_seed(runs, name, each, _SHARES[row["metric"]]) for each in (method, against))
-    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs} if against else ours
+    return stats.paired_differences(ours, theirs) if against else ours
 
 
 def _teacher(planned: Params, teachers: pd.DataFrame, name: str, row: dict[str, Any]) -> stats.BySeed:
@@ -96,11 +94,10 @@ def _verdict(estimate: stats.Estimate, row: dict[str, Any], settings: str) -> st
 
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
-    pair = " → ".join(str(row[key]) for key in ("teacher", "student") if not pd.isna(row[key]))
     return {
         "table": row["table"],
         "data set": row["dataset"],
-        "teacher → student": pair,
+        "teacher → student": " → ".join(str(row[key]) for key in ("teacher", "student") if not pd.isna(row[key])),
         "recipe": published.how(row),
         "method": str(row["method"]).replace(_MINUS, " minus "),
         "measure": str(row["metric"]).replace("_gap_points", ""),
