@@ -84,7 +84,6 @@ def evaluate(classifier: Classifier, images: EvaluationSet, view: View, batch_si
 
     Raises ``Refused`` when too many images cannot be read, or a logit is not finite.
     """
-    device = classifier.mean.device
     kept, unreadable = torch.tensor(images.classes), []
     counts, seen = torch.zeros(2, dtype=torch.int64), 0
     classifier.eval()
@@ -92,7 +91,7 @@ def evaluate(classifier: Classifier, images: EvaluationSet, view: View, batch_si
     with torch.inference_mode(), tqdm(total=len(images.files), desc=images.name, unit="image", disable=not watched()) as bar:
         for pixels, places, readable in loader:
             unreadable += [images.files[place] for place in places[~readable].tolist()]
-            logits = classifier(pixels[readable].to(device).float() / 255).logits.float().cpu()
+            logits = classifier(pixels[readable].to(classifier.mean.device).float() / 255).logits.float().cpu()
             if not logits.isfinite().all():
                 raise Refused(f"--data {images.name}: found logits that are not finite; allowed: finite ones; choose another checkpoint")
             right = truth([images.answers[place] for place in places[readable].tolist()])

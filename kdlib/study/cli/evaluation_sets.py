@@ -86,8 +86,7 @@ def reassessed(key: str, images: EvaluationSet, real: Sequence[Answers]) -> Eval
 def parse_real(key: str, content: Any) -> list[Answers]:
     """ReaL's labels out of its JSON: a list of classes per image; ``[]``, NaN or null where it has none. Raises ``Refused``."""
     if not isinstance(content, list):
-        allowed = "a list with a list of classes for every validation image"
-        raise refuse(key, f"a {type(content).__name__}", allowed, "give ReaL's real.json")
+        raise refuse(key, f"a {type(content).__name__}", "a list with a list of classes for every validation image", "give ReaL's real.json")
     answers = []
     for number, entry in enumerate(content, 1):
         labels = [] if entry is None or (isinstance(entry, float) and math.isnan(entry)) else entry
@@ -100,8 +99,7 @@ def parse_real(key: str, content: Any) -> list[Answers]:
 def _real(path: Path | None) -> list[Answers]:
     key = "--real-labels"
     try:
-        text = _packed("imagenet_real_labels.json") if path is None else path.read_text("utf-8")
-        return parse_real(key, json.loads(text))
+        return parse_real(key, json.loads(_packed("imagenet_real_labels.json") if path is None else path.read_text("utf-8")))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise refuse(key, f"{path}: {error}", "a JSON file that can be read", "give ReaL's real.json") from error
 

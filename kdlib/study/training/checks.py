@@ -4,7 +4,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -76,8 +76,7 @@ def check_machines(launch: Launch) -> None:
 def check_shares(params: Params) -> None:
     """Every batch has mix groups for all processes of study.launch, wherever they are. Raises ``Refused``."""
     processes = params.study.launch.processes * params.study.launch.nodes
-    used = {item.recipe for item in params.teachers.values()} | {item.recipe for item in params.comparisons.values()}
-    for name in sorted(used):
+    for name in sorted({item.recipe for item in params.teachers.values()} | {item.recipe for item in params.comparisons.values()}):
         recipe = params.recipes[name]
         if mix_groups(recipe) % processes:
             what = f"{mix_groups(recipe)} mix groups in a batch of {recipe.batch_size}"
@@ -108,8 +107,7 @@ def check_against_data(params: Params, data: DataSet) -> None:
     for user, recipe, fraction in users:
         batch, images = params.recipes[recipe].batch_size, len(subset(data.train.labels, fraction, seed=0))
         if batch > images:
-            allowed = f"at most the {images} training images of {user}"
-            raise refuse(f"recipes.{recipe}.batch_size", batch, allowed, "make it smaller, or use more data")
+            raise refuse(f"recipes.{recipe}.batch_size", batch, f"at most the {images} training images of {user}", "make it smaller, or use more data")
     _check_users(params, data.name, (data.classes, data.channels, data.size))
 
 
@@ -173,18 +171,14 @@ def _check_optimizer(key: str, recipe: Recipe) -> None:
         raise refuse(key, recipe.optimizer, f"an optimiser that works on this machine ({error})", "choose another, such as sgd") from error
 
 
-def full_memory_refused(name: str, recipe: Recipe) -> AbstractContextManager[None]:
-    """The GPU's memory running out in a training by this recipe becomes one line that says what to change."""
-    allowed = "what fits; `python -m kdlib.study plan` finds the largest that does"
-    do = "set it lower (it changes which images are mixed and normalised together), train fewer methods at once, or use a larger GPU"
-    return out_of_memory_refused(f"recipes.{name}.group_size", recipe.batch_size // mix_groups(recipe), allowed, do)
-
-
 @contextmanager
-def out_of_memory_refused(key: str, images: int, allowed: str, do: str) -> Iterator[None]:
-    """The GPU's memory running out becomes ``Refused`` about ``key``, which says how many images a GPU has at a time."""
+def full_memory_refused(name: str, recipe: Recipe) -> Iterator[None]:
+    """The GPU's memory running out in a training by this recipe becomes one line that says what to change. Raises ``Refused``."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        found = f"{images} images, more than the memory of the GPU is enough for ({str(error).splitlines()[0]})"
-        raise refuse(key, found, allowed, do) from error
+        images, reason = recipe.batch_size // mix_groups(recipe), str(error).splitlines()[0]
+        found = f"{images} images, more than the memory of the GPU is enough for ({reason})"
+        allowed = "what fits; `python -m kdlib.study plan` finds the largest that does"
+        do = "set it lower (it changes which images are mixed and normalised together), train fewer methods at once, or use a larger GPU"
+        raise refuse(f"recipes.{name}.group_size", found, allowed, do) from error

@@ -120,8 +120,7 @@ class Experiment:
             trials = self.schedule.groups(trials_of(comparison, self.params), [comparison.sweep.seed])
             folders += [self._export(name, plan) for plan in self._run_groups(name, trials)]
         variants = [*methods_of(comparison, self.params), *self._chosen(name)]
-        groups = self.schedule.groups(variants, self.params.study.seeds)
-        return folders + [self._export(name, plan) for plan in self._run_groups(name, groups)]
+        return folders + [self._export(name, plan) for plan in self._run_groups(name, self.schedule.groups(variants, self.params.study.seeds))]
 
     @refuse_full_disk()
     def try_method(self, comparison: str, method: str, seed: SupportsInt, **parameters: SupportsFloat) -> Path:
@@ -200,7 +199,11 @@ class Experiment:
                 wait_for_all()  # rank 0 has written
         if self.params.study.on_divergence == "fail":
             for plan in plans:
-                _require_finished(f"{setting.title}: {plan.variant.name}", read_json(self.store.run(plan.fingerprint) / "metrics.json"))
+                metrics = read_json(self.store.run(plan.fingerprint) / "metrics.json")
+                if metrics["status"] == "diverged":
+                    who, at = f"{setting.title}: {plan.variant.name}", metrics["diverged_step"]
+                    what = f"{who} diverged at step {at}: {metrics['diverged_cause']}"
+                    raise Diverged(f"params.yaml: study.on_divergence: found 'fail'; {what}; change that, or set on_divergence: continue")
 
     def _export(self, name: str, plan: Planned) -> Path:
         comparison, variant = self.params.comparisons[name], plan.variant
@@ -245,14 +248,13 @@ class Experiment:
         """A checkpoint from elsewhere as a finished run of the store: measured, and in our weights' format."""
         teacher = self.params.teachers[name]
         path, size = self.root / str(teacher.checkpoint), teacher.size or data.size
-        shape = (data.classes, data.channels, size)
-        classifier = load_checkpoint(f"teachers.{name}.checkpoint", path, teacher.model, shape).to(self.device)
+        key, shape = f"teachers.{name}.checkpoint", (data.classes, data.channels, size)
+        classifier = load_checkpoint(key, path, teacher.model, shape).to(self.device)
         folder = self.store.run(identity.of_checkpoint(path, teacher.model, size, data))
         try:
             write_measured(folder, classifier, data, self.device)
         except FloatingPointError as error:
-            do = f"choose another file ({error})"
-            raise refuse(f"teachers.{name}.checkpoint", teacher.checkpoint, "weights that give finite logits", do) from error
+            raise refuse(key, teacher.checkpoint, "weights that give finite logits", f"choose another file ({error})") from error
         return folder
 
 
@@ -263,9 +265,3 @@ def _subset(data: DataSet, comparison: Comparison, seed: int) -> Index:
 
 def _job(plan: Planned, folder: Path) -> Job:
     return Job(plan.variant.name, lambda: METHODS[plan.variant.method](**plan.variant.parameters), not plan.variant.trial, folder)
-
-
-def _require_finished(title: str, metrics: dict[str, Any]) -> None:
-    if metrics["status"] == "diverged":
-        what = f"{title} diverged at step {metrics['diverged_step']}: {metrics['diverged_cause']}"
-        raise Diverged(f"params.yaml: study.on_divergence: found 'fail'; {what}; change that, or set on_divergence: continue")
