@@ -86,7 +86,8 @@ def reassessed(key: str, images: EvaluationSet, real: Sequence[Answers]) -> Eval
 def parse_real(key: str, content: Any) -> list[Answers]:
     """ReaL's labels out of its JSON: a list of classes per image; ``[]``, NaN or null where it has none. Raises ``Refused``."""
     if not isinstance(content, list):
-        raise refuse(key, f"a {type(content).__name__}", "a list with a list of classes for every validation image", "give ReaL's real.json")
+        allowed = "a list with a list of classes for every validation image"
+        raise refuse(key, f"a {type(content).__name__}", allowed, "give ReaL's real.json")
     answers = []
     for number, entry in enumerate(content, 1):
         labels = [] if entry is None or (isinstance(entry, float) and math.isnan(entry)) else entry

@@ -187,9 +187,10 @@ def compare(committed: pd.DataFrame, measured: pd.DataFrame) -> tuple[int, list[
 
 
 def _report(root: Path, committed: str | None) -> str:
+    headline = (root / "results" / "headline.md").read_text("utf-8").strip()
     here = root.relative_to(Path.cwd()) if root.is_relative_to(Path.cwd()) else root
     places = f"Tables: {here / 'results/tables'}   figures: {here / 'results/figures'}   every run: {here / 'results/runs.csv'}"
-    lines = ["", (root / "results" / "headline.md").read_text("utf-8").strip(), "", f"{places}   executed notebooks: {here / 'runs/notebooks'}"]
+    lines = ["", headline, "", f"{places}   executed notebooks: {here / 'runs/notebooks'}"]
     if committed is None:
         return "\n".join([*lines, "No committed verdicts to compare with."])
     before, after = (pd.read_csv(source) for source in (io.StringIO(committed), root / VERDICTS))
@@ -208,7 +209,8 @@ def _committed(root: Path) -> str | None:
 
 
 def _in_git(root: Path) -> bool:
-    return shutil.which("git") is not None and subprocess.run(["git", "rev-parse"], cwd=root, check=False, capture_output=True).returncode == 0
+    command = ["git", "rev-parse"]
+    return shutil.which("git") is not None and subprocess.run(command, cwd=root, check=False, capture_output=True).returncode == 0
 
 
 def _studies(root: Path) -> list[Path]:
@@ -229,12 +231,12 @@ def main() -> None:
     for name in ("run", "join", "submit", "check", "plan", "readme"):
         commands.add_parser(name).add_argument("study", nargs="?")
     commands.choices["plan"].add_argument("--steps", type=int, choices=range(1001), metavar="N", default=5)
-    submit = commands.choices["submit"]
-    submit.add_argument("--hours", type=float, required=True, metavar="H", help="at a time; a job that used them up goes on in another turn")
-    submit.add_argument("--partition", metavar="P", help="without it Slurm's default")
-    submit.add_argument("--gpus", type=int, default=0, metavar="N", help="on each machine: as many as study.launch.processes; without it none")
-    submit.add_argument("--cores", type=int, metavar="N", help="on each machine; without it one for each process")
-    submit.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch, such as account=abc")
+    job = commands.choices["submit"]
+    job.add_argument("--hours", type=float, required=True, metavar="H", help="at a time; a job that used them up goes on in another turn")
+    job.add_argument("--partition", metavar="P", help="without it Slurm's default")
+    job.add_argument("--gpus", type=int, default=0, metavar="N", help="on each machine: as many as study.launch.processes; without it none")
+    job.add_argument("--cores", type=int, metavar="N", help="on each machine; without it one for each process")
+    job.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch, such as account=abc")
     commands.add_parser("gc").add_argument("--free", action="store_true")
     given = parser.parse_args()
     with refusals_in_one_line():

@@ -107,7 +107,8 @@ def check_against_data(params: Params, data: DataSet) -> None:
     for user, recipe, fraction in users:
         batch, images = params.recipes[recipe].batch_size, len(subset(data.train.labels, fraction, seed=0))
         if batch > images:
-            raise refuse(f"recipes.{recipe}.batch_size", batch, f"at most the {images} training images of {user}", "make it smaller, or use more data")
+            allowed = f"at most the {images} training images of {user}"
+            raise refuse(f"recipes.{recipe}.batch_size", batch, allowed, "make it smaller, or use more data")
     _check_users(params, data.name, (data.classes, data.channels, data.size))
 
 
@@ -118,8 +119,7 @@ def _check_users(params: Params, data: str, shape: Shape) -> None:
     for name, teacher in params.teachers.items():
         if teacher.data == data:
             drop_path = 0.0 if teacher.checkpoint else params.recipes[teacher.recipe].drop_path
-            looks_at = (classes, channels, teacher.size or size)
-            teachers[name] = _check_model(f"teachers.{name}.model", teacher.model, looks_at, drop_path)
+            teachers[name] = _check_model(f"teachers.{name}.model", teacher.model, (classes, channels, teacher.size or size), drop_path)
     for name, comparison in params.comparisons.items():
         if comparison.data == data:
             drop_path = params.recipes[comparison.recipe].drop_path
@@ -177,8 +177,8 @@ def full_memory_refused(name: str, recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        images, reason = recipe.batch_size // mix_groups(recipe), str(error).splitlines()[0]
-        found = f"{images} images, more than the memory of the GPU is enough for ({reason})"
+        images = recipe.batch_size // mix_groups(recipe)
+        found = f"{images} images, more than the memory of the GPU is enough for ({str(error).splitlines()[0]})"
         allowed = "what fits; `python -m kdlib.study plan` finds the largest that does"
         do = "set it lower (it changes which images are mixed and normalised together), train fewer methods at once, or use a larger GPU"
         raise refuse(f"recipes.{name}.group_size", found, allowed, do) from error

@@ -60,7 +60,6 @@ class Experiment:
         self.root = root or config.find_root()
         self.params: Params = config.load(self.root)
         self.store = Store(beside_dvc_cache(self.root))
-        self.answers = beside_dvc_cache(self.root, ANSWERS)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.schedule = Placement.on(self.device, self.params.study.launch, Diverged)
         checks.check_without_data(self.params)
@@ -117,10 +116,8 @@ class Experiment:
         checks.check_against_data(self.params, self.data(comparison.data))
         folders = []
         if comparison.sweep:
-            trials = self.schedule.groups(trials_of(comparison, self.params), [comparison.sweep.seed])
-            folders += [self._export(name, plan) for plan in self._run_groups(name, trials)]
-        variants = [*methods_of(comparison, self.params), *self._chosen(name)]
-        return folders + [self._export(name, plan) for plan in self._run_groups(name, self.schedule.groups(variants, self.params.study.seeds))]
+            folders += self._finish(name, trials_of(comparison, self.params), [comparison.sweep.seed])
+        return folders + self._finish(name, [*methods_of(comparison, self.params), *self._chosen(name)], self.params.study.seeds)
 
     @refuse_full_disk()
     def try_method(self, comparison: str, method: str, seed: SupportsInt, **parameters: SupportsFloat) -> Path:
@@ -162,13 +159,15 @@ class Experiment:
             self._complete(setting, [plan])
         return plan
 
-    def _run_groups(self, name: str, groups: Sequence[Group]) -> list[Planned]:
-        """Bring these groups to their end; here if all are finished, since another process takes seconds to start."""
+    def _finish(self, name: str, variants: list[Variant], seeds: list[int]) -> list[Path]:
+        """Bring these runs to their end; here if all are finished, since another process takes seconds to start. Returns their folders."""
+        groups = self.schedule.groups(variants, seeds)
         # planned one by one, as far as the first that is not finished: each costs the loading of a teacher
         planned = (plan for group in groups for plan in self._plan(name, group)[1])
         run = functools.partial(self._run, name)
         ready = all(self.store.finished(plan.fingerprint) for plan in planned)
-        return [plan for plans in (map(run, groups) if ready else self.schedule.run(run, groups)) for plan in plans]
+        done = [run(group) for group in groups] if ready else self.schedule.run(run, groups)  # all, before the first is exported
+        return [self._export(name, plan) for plans in done for plan in plans]
 
     def _run(self, name: str, group: Group) -> list[Planned]:
         setting, plans = self._plan(name, group)
@@ -182,7 +181,7 @@ class Experiment:
         index, recipe, title = _subset(data, comparison, seed), self.params.recipes[comparison.recipe], f"{name} seed {seed}"
         compute, most = self.params.study.compute, self.params.study.answers_gb
         setting = Setting(data, index, comparison.student, data.size, teacher, recipe, seed, self.device, title, compute, most)
-        setting = replace(setting, cache_folder=self.answers / identity.of_answers(setting, digest))
+        setting = replace(setting, cache_folder=beside_dvc_cache(self.root, ANSWERS) / identity.of_answers(setting, digest))
         return setting, [Planned(variant, seed, identity.of_run(setting, digest, variant)) for variant in variants]
 
     def _complete(self, setting: Setting, plans: list[Planned]) -> None:
@@ -201,8 +200,7 @@ class Experiment:
             for plan in plans:
                 metrics = read_json(self.store.run(plan.fingerprint) / "metrics.json")
                 if metrics["status"] == "diverged":
-                    who, at = f"{setting.title}: {plan.variant.name}", metrics["diverged_step"]
-                    what = f"{who} diverged at step {at}: {metrics['diverged_cause']}"
+                    what = f"{setting.title}: {plan.variant.name} diverged at step {metrics['diverged_step']}: {metrics['diverged_cause']}"
                     raise Diverged(f"params.yaml: study.on_divergence: found 'fail'; {what}; change that, or set on_divergence: continue")
 
     def _export(self, name: str, plan: Planned) -> Path:
