@@ -79,8 +79,7 @@ def run_study(root: Path) -> None:
         # all data first: a folder that is missing is found before any teacher is trained
         for stages in _stages(root):
             # dvc inherits the lock: when this process alone is killed, the next one waits for the dvc that is still at work
-            done = subprocess.run([sys.executable, "-m", "dvc", "repro", *stages], cwd=root, check=False, pass_fds=[lock])
-            if done.returncode:
+            if subprocess.run([sys.executable, "-m", "dvc", "repro", *stages], cwd=root, check=False, pass_fds=[lock]).returncode:
                 raise Refused("the study stopped, for the reason above; what is finished is kept, and the same command goes on from there")
         print(_report(root, committed))
 

@@ -4,7 +4,7 @@ import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 
 import torch
@@ -90,8 +90,7 @@ def check_method(key: str, name: str, parameters: Mapping[str, float]) -> None:
     takes = list(inspect.signature(METHODS[name]).parameters)
     for parameter in parameters:
         known(f"{key}.{parameter}", parameter, takes)
-    missing = [parameter for parameter in takes if parameter not in parameters]
-    if missing:
+    if missing := [parameter for parameter in takes if parameter not in parameters]:
         raise refuse(f"{key}.{missing[0]}", None, "a number", "add this key")
     try:
         METHODS[name](**parameters)
@@ -171,14 +170,18 @@ def _check_optimizer(key: str, recipe: Recipe) -> None:
         raise refuse(key, recipe.optimizer, f"an optimiser that works on this machine ({error})", "choose another, such as sgd") from error
 
 
+def full_memory_refused(name: str, recipe: Recipe) -> AbstractContextManager[None]:
+    """The GPU's memory running out in a training by this recipe becomes one line that says what to change."""
+    allowed = "what fits; `python -m kdlib.study plan` finds the largest that does"
+    do = "set it lower (it changes which images are mixed and normalised together), train fewer methods at once, or use a larger GPU"
+    return out_of_memory_refused(f"recipes.{name}.group_size", recipe.batch_size // mix_groups(recipe), allowed, do)
+
+
 @contextmanager
-def full_memory_refused(name: str, recipe: Recipe) -> Iterator[None]:
-    """The GPU's memory running out in a training by this recipe becomes one line that says what to change. Raises ``Refused``."""
+def out_of_memory_refused(key: str, images: int, allowed: str, do: str) -> Iterator[None]:
+    """The GPU's memory running out becomes ``Refused`` about ``key``, which says how many images a GPU has at a time."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        images = recipe.batch_size // mix_groups(recipe)
         found = f"{images} images, more than the memory of the GPU is enough for ({str(error).splitlines()[0]})"
-        allowed = "what fits; `python -m kdlib.study plan` finds the largest that does"
-        do = "set it lower (it changes which images are mixed and normalised together), train fewer methods at once, or use a larger GPU"
-        raise refuse(f"recipes.{name}.group_size", found, allowed, do) from error
+        raise refuse(key, found, allowed, do) from error

@@ -90,8 +90,7 @@ class Experiment:
         if metrics["status"] != "finished":
             what = f"diverged at step {metrics['diverged_step']}"
             raise refuse(f"teachers.{name}", what, "a teacher whose loss stays finite", metrics["diverged_cause"])
-        top1 = metrics["test_top1"]
-        if top1 < teacher.min_top1:
+        if (top1 := metrics["test_top1"]) < teacher.min_top1:
             allowed = f"at most the top-1 of {top1:.4f} that this teacher reaches on the test split"
             do = "train it longer or with more data, choose a stronger model, or demand less of it"
             raise refuse(f"teachers.{name}.min_top1", teacher.min_top1, allowed, do)
@@ -192,8 +191,7 @@ class Experiment:
             there = dict(zip(wanted, from_rank_zero([self.store.finished(key) for key in wanted]), strict=True))
             if any(there.values()):
                 say(f"{setting.title}  {sum(there.values())} of {len(wanted)} runs are finished already")
-            jobs = [_job(plan, self.store.run(key)) for key, plan in wanted.items() if not there[key]]
-            if jobs:
+            if jobs := [_job(plan, self.store.run(key)) for key, plan in wanted.items() if not there[key]]:
                 train(setting, jobs, save_seconds=self.params.study.checkpoint_seconds)
                 wait_for_all()  # rank 0 has written
         if self.params.study.on_divergence == "fail":
