@@ -84,25 +84,23 @@ def evaluate(classifier: Classifier, images: EvaluationSet, view: View, batch_si
 
     Raises ``Refused`` when too many images cannot be read, or a logit is not finite.
     """
-    device = classifier.mean.device
     kept, unreadable = torch.tensor(images.classes), []
-    counts, seen = torch.zeros(2, dtype=torch.int64), 0
+    counts = torch.zeros(2, dtype=torch.int64)
     classifier.eval()
     loader = DataLoader(Decoded(images.files, view), batch_size, num_workers=workers)
     with torch.inference_mode(), tqdm(total=len(images.files), desc=images.name, unit="image", disable=not watched()) as bar:
         for pixels, places, readable in loader:
             unreadable += [images.files[place] for place in places[~readable].tolist()]
-            logits = classifier(pixels[readable].to(device).float() / 255).logits.float().cpu()
+            logits = classifier(pixels[readable].to(classifier.mean.device).float() / 255).logits.float().cpu()
             if not logits.isfinite().all():
                 raise Refused(f"--data {images.name}: found logits that are not finite; allowed: finite ones; choose another checkpoint")
             right = truth([images.answers[place] for place in places[readable].tolist()])
             counts += hits(logits[:, kept], right[:, kept])
-            seen += len(logits)
             bar.update(len(places))
     if len(unreadable) > UNREADABLE * len(images.files):
         allowed = f"at most {100 * UNREADABLE:g} % of {len(images.files):,} images that cannot be read"
         raise refuse(f"--data {images.name}", f"{len(unreadable):,}: {some(unreadable)}", allowed, "restore these files")
-    return Score(images.name, seen, int(counts[0]), int(counts[1]), unreadable)
+    return Score(images.name, len(images.files) - len(unreadable), int(counts[0]), int(counts[1]), unreadable)
 
 
 def truth(answers: list[Answers]) -> Bool[Tensor, "batch classes"]:
@@ -118,10 +116,9 @@ def score_table(scores: list[Score], announced: Mapping[str, float]) -> pd.DataF
     rows = []
     for score in scores:
         about = {"set": score.name, "images": score.images, "unreadable": len(score.unreadable)}
-        counts = {"top1_correct": score.top1, "top5_correct": score.top5}
-        shares = {"top1": score.top1 / score.images, "top5": score.top5 / score.images}
+        top = {"top1_correct": score.top1, "top5_correct": score.top5, "top1": score.top1 / score.images, "top5": score.top5 / score.images}
         theirs = announced if score.name == "imagenet" else {}
-        rows.append(about | counts | shares | {f"{name}_published": theirs.get(name, float("nan")) for name in ("top1", "top5")})
+        rows.append(about | top | {f"{name}_published": theirs.get(name, float("nan")) for name in ("top1", "top5")})
     return pd.DataFrame(rows)
 
 

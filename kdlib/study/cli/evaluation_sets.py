@@ -100,8 +100,7 @@ def parse_real(key: str, content: Any) -> list[Answers]:
 def _real(path: Path | None) -> list[Answers]:
     key = "--real-labels"
     try:
-        text = _packed("imagenet_real_labels.json") if path is None else path.read_text("utf-8")
-        return parse_real(key, json.loads(text))
+        return parse_real(key, json.loads(_packed("imagenet_real_labels.json") if path is None else path.read_text("utf-8")))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise refuse(key, f"{path}: {error}", "a JSON file that can be read", "give ReaL's real.json") from error
 

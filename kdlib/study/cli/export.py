@@ -111,8 +111,7 @@ def model_card(experiment: Experiment, run: Run, source: Path) -> str:
     lines += ["| about | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
     first = ["import kdlib.models  # registers this net with timm"] if item.student in NAMES else []
     lines += ["```python", "import timm", *first, 'model = timm.create_model("local-dir:.", pretrained=True).eval()', "```", ""]
-    lines += ["Images: un-normalised values in [0, 1], then mean and std of config.json.", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "Images: un-normalised values in [0, 1], then mean and std of config.json.", ""])
 
 
 def _finished(experiment: Experiment, run: Run) -> Path:

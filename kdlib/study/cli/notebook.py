@@ -108,9 +108,8 @@ def _execute(notebook: Path, live: Path, stage: Stage) -> None:
         "shutdown_kernel": "immediate",  # its files are whole when its last cell ends; taking torch apart would cost 1 s per stage
     }
     shown = {"progress_bar": False, "log_output": True, "stdout_file": sys.stdout, "stderr_file": sys.stderr}
-    parameters = {"name": stage.name} if stage.name else {}
     try:
-        papermill.execute_notebook(str(notebook), str(live), parameters, **kernel, **shown)
+        papermill.execute_notebook(str(notebook), str(live), {"name": stage.name} if stage.name else {}, **kernel, **shown)
     except RuntimeError as error:  # so says nbclient, and jupyter_client until a kernel has begun, that it died
         if {signal.getsignal(number) for number in SIGNALS} != {_stop_kernel}:  # a cluster asks all processes at once to stop
             print(f"{stage.title}: stopped; {kept}", file=sys.stderr, flush=True)

@@ -149,10 +149,8 @@ class NodeTask:
 
     def _do(self, what: str, job: JobEnvironment, until: Path | None = None) -> int:
         """`python -m kdlib.study run` or `join`, to its end, or until there is a file; its exit status."""
-        port = FIRST_PORT + int(job.raw_job_id) % PORTS
-        chosen = {RENDEZVOUS: f"{job.hostnames[0]}:{port}"} if job.num_nodes > 1 else {}
-        command = [*DEAF, sys.executable, "-m", "kdlib.study", what]
-        self.study = subprocess.Popen(command, cwd=self.root, env=os.environ | chosen)
+        chosen = {RENDEZVOUS: f"{job.hostnames[0]}:{FIRST_PORT + int(job.raw_job_id) % PORTS}"} if job.num_nodes > 1 else {}
+        self.study = subprocess.Popen([*DEAF, sys.executable, "-m", "kdlib.study", what], cwd=self.root, env=os.environ | chosen)
         while (status := self.study.poll()) is None:
             if until and until.exists():
                 self._stop()

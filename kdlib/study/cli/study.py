@@ -79,8 +79,7 @@ def run_study(root: Path) -> None:
         # all data first: a folder that is missing is found before any teacher is trained
         for stages in _stages(root):
             # dvc inherits the lock: when this process alone is killed, the next one waits for the dvc that is still at work
-            done = subprocess.run([sys.executable, "-m", "dvc", "repro", *stages], cwd=root, check=False, pass_fds=[lock])
-            if done.returncode:
+            if subprocess.run([sys.executable, "-m", "dvc", "repro", *stages], cwd=root, check=False, pass_fds=[lock]).returncode:
                 raise Refused("the study stopped, for the reason above; what is finished is kept, and the same command goes on from there")
         print(_report(root, committed))
 
@@ -105,8 +104,7 @@ def _stages(root: Path) -> list[list[str]]:
     print(f"leaves out {', '.join(unset)}, with what needs it: the path is an environment variable that is not set", file=sys.stderr)
     teachers = [f"teacher@{name}" for name, item in params.teachers.items() if item.data in kept]
     comparisons = [f"distill@{name}" for name, item in params.comparisons.items() if item.data in kept]
-    tables_alone = ["--single-item", "notebook@4_tables", "tables", "readme"]
-    return [[f"data@{name}" for name in kept], teachers + comparisons, tables_alone]
+    return [[f"data@{name}" for name in kept], teachers + comparisons, ["--single-item", "notebook@4_tables", "tables", "readme"]]
 
 
 def join_study(root: Path) -> None:
@@ -232,13 +230,12 @@ def main() -> None:
     for name in ("run", "join", "submit", "check", "plan", "readme"):
         commands.add_parser(name).add_argument("study", nargs="?")
     commands.choices["plan"].add_argument("--steps", type=int, choices=range(1001), metavar="N", default=5)
-    submit, hours = commands.choices["submit"], "at a time; a job that used them up goes on in another turn"
-    gpus = "on each machine: as many as study.launch.processes; without it none"
-    submit.add_argument("--hours", type=float, required=True, metavar="H", help=hours)
-    submit.add_argument("--partition", metavar="P", help="without it Slurm's default")
-    submit.add_argument("--gpus", type=int, default=0, metavar="N", help=gpus)
-    submit.add_argument("--cores", type=int, metavar="N", help="on each machine; without it one for each process")
-    submit.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch, such as account=abc")
+    job = commands.choices["submit"]
+    job.add_argument("--hours", type=float, required=True, metavar="H", help="at a time; a job that used them up goes on in another turn")
+    job.add_argument("--partition", metavar="P", help="without it Slurm's default")
+    job.add_argument("--gpus", type=int, default=0, metavar="N", help="on each machine: as many as study.launch.processes; without it none")
+    job.add_argument("--cores", type=int, metavar="N", help="on each machine; without it one for each process")
+    job.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="another option of sbatch, such as account=abc")
     commands.add_parser("gc").add_argument("--free", action="store_true")
     given = parser.parse_args()
     with refusals_in_one_line():

@@ -54,8 +54,7 @@ class Trial:
         for learner in self.learners:
             learner.total_steps = learner.step + steps
         cache = TeacherCache(self.teacher, None, self.setting.recipe.batch_size, 1) if self.teacher else None
-        validate, save = lambda _: 0.0, lambda _: None
-        loop = TrainingLoop(self.learners, self.stream, cache, validate, save, float("inf"), self.setting.title, ahead)
+        loop = TrainingLoop(self.learners, self.stream, cache, lambda _: 0.0, lambda _: None, float("inf"), self.setting.title, ahead)
         return self.seconds(loop.run) / steps
 
     def advance(self) -> None:

@@ -123,10 +123,11 @@ class Outlook:
 
     def __init__(self, experiment: Experiment, steps: int) -> None:
         self.params, self.steps, self.device, self.cores = experiment.params, steps, experiment.device, experiment.schedule.cores
+        cpu = f"this CPU, {self.cores} side by side" if self.cores > 1 else "this CPU"
+        self.where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu  # in words
         self.processes = self.params.study.launch.processes * self.params.study.launch.nodes  # that train one run together
         folders = {name: experiment.root / DATA / name for name in self.params.data}
-        known = {name: facts(name, source, folders[name]) for name, source in self.params.data.items()}
-        self.facts = {name: of for name, of in known.items() if of}
+        self.facts = {name: of for name, source in self.params.data.items() if (of := facts(name, source, folders[name]))}
         self.assumed = [name for name, of in self.facts.items() if of.assumed]  # nobody has counted their images yet
         listed = [name for name in self.facts if self.params.data[name].source == "originals" and name not in self.assumed]
         self.listed = {name: load_dataset(folders[name]) for name in listed}
@@ -135,12 +136,6 @@ class Outlook:
         self.work = {f"teachers.{name}": teaching(experiment, name) for name, item in self.params.teachers.items() if not item.checkpoint}
         planned: Runs = set()
         self.work |= {f"comparisons.{name}": distilling(experiment, name, planned) for name in self.params.comparisons}
-
-    @property
-    def where(self) -> str:
-        """The device, in words."""
-        cpu = f"this CPU, {self.cores} side by side" if self.cores > 1 else "this CPU"
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
 
     def rows(self) -> list[Row]:
         """The teachers that are to be trained, then the comparisons. Raises ``Refused`` for the first that memory is too small for."""
@@ -183,8 +178,7 @@ class Outlook:
         return measure.decoding(stream, launch.processes, launch.nodes)
 
     def _check_memory(self, kind: Kind, cost: Cost, user: str) -> None:
-        at_once = max(1, self.cores // kind.threads)
-        recipe, room = self.params.recipes[kind.recipe], measure.room(self.device) // at_once
+        recipe, room = self.params.recipes[kind.recipe], measure.room(self.device) // max(1, self.cores // kind.threads)
         if cost.peak_bytes is not None and cost.peak_bytes <= room:
             return
         setting, methods = _setting(self.params, self.facts[kind.data], self.device, kind)

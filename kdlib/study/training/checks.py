@@ -76,8 +76,7 @@ def check_machines(launch: Launch) -> None:
 def check_shares(params: Params) -> None:
     """Every batch has mix groups for all processes of study.launch, wherever they are. Raises ``Refused``."""
     processes = params.study.launch.processes * params.study.launch.nodes
-    used = {item.recipe for item in params.teachers.values()} | {item.recipe for item in params.comparisons.values()}
-    for name in sorted(used):
+    for name in sorted({item.recipe for item in params.teachers.values()} | {item.recipe for item in params.comparisons.values()}):
         recipe = params.recipes[name]
         if mix_groups(recipe) % processes:
             what = f"{mix_groups(recipe)} mix groups in a batch of {recipe.batch_size}"
@@ -91,8 +90,7 @@ def check_method(key: str, name: str, parameters: Mapping[str, float]) -> None:
     takes = list(inspect.signature(METHODS[name]).parameters)
     for parameter in parameters:
         known(f"{key}.{parameter}", parameter, takes)
-    missing = [parameter for parameter in takes if parameter not in parameters]
-    if missing:
+    if missing := [parameter for parameter in takes if parameter not in parameters]:
         raise refuse(f"{key}.{missing[0]}", None, "a number", "add this key")
     try:
         METHODS[name](**parameters)
@@ -120,8 +118,7 @@ def _check_users(params: Params, data: str, shape: Shape) -> None:
     for name, teacher in params.teachers.items():
         if teacher.data == data:
             drop_path = 0.0 if teacher.checkpoint else params.recipes[teacher.recipe].drop_path
-            looks_at = (classes, channels, teacher.size or size)
-            teachers[name] = _check_model(f"teachers.{name}.model", teacher.model, looks_at, drop_path)
+            teachers[name] = _check_model(f"teachers.{name}.model", teacher.model, (classes, channels, teacher.size or size), drop_path)
     for name, comparison in params.comparisons.items():
         if comparison.data == data:
             drop_path = params.recipes[comparison.recipe].drop_path

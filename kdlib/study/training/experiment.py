@@ -60,7 +60,6 @@ class Experiment:
         self.root = root or config.find_root()
         self.params: Params = config.load(self.root)
         self.store = Store(beside_dvc_cache(self.root))
-        self.answers = beside_dvc_cache(self.root, ANSWERS)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.schedule = Placement.on(self.device, self.params.study.launch, Diverged)
         checks.check_without_data(self.params)
@@ -91,8 +90,7 @@ class Experiment:
         if metrics["status"] != "finished":
             what = f"diverged at step {metrics['diverged_step']}"
             raise refuse(f"teachers.{name}", what, "a teacher whose loss stays finite", metrics["diverged_cause"])
-        top1 = metrics["test_top1"]
-        if top1 < teacher.min_top1:
+        if (top1 := metrics["test_top1"]) < teacher.min_top1:
             allowed = f"at most the top-1 of {top1:.4f} that this teacher reaches on the test split"
             do = "train it longer or with more data, choose a stronger model, or demand less of it"
             raise refuse(f"teachers.{name}.min_top1", teacher.min_top1, allowed, do)
@@ -117,11 +115,8 @@ class Experiment:
         checks.check_against_data(self.params, self.data(comparison.data))
         folders = []
         if comparison.sweep:
-            trials = self.schedule.groups(trials_of(comparison, self.params), [comparison.sweep.seed])
-            folders += [self._export(name, plan) for plan in self._run_groups(name, trials)]
-        variants = [*methods_of(comparison, self.params), *self._chosen(name)]
-        groups = self.schedule.groups(variants, self.params.study.seeds)
-        return folders + [self._export(name, plan) for plan in self._run_groups(name, groups)]
+            folders += self._finish(name, trials_of(comparison, self.params), [comparison.sweep.seed])
+        return folders + self._finish(name, [*methods_of(comparison, self.params), *self._chosen(name)], self.params.study.seeds)
 
     @refuse_full_disk()
     def try_method(self, comparison: str, method: str, seed: SupportsInt, **parameters: SupportsFloat) -> Path:
@@ -163,13 +158,15 @@ class Experiment:
             self._complete(setting, [plan])
         return plan
 
-    def _run_groups(self, name: str, groups: Sequence[Group]) -> list[Planned]:
-        """Bring these groups to their end; here if all are finished, since another process takes seconds to start."""
+    def _finish(self, name: str, variants: list[Variant], seeds: list[int]) -> list[Path]:
+        """Bring these runs to their end; here if all are finished, since another process takes seconds to start. Returns their folders."""
+        groups = self.schedule.groups(variants, seeds)
         # planned one by one, as far as the first that is not finished: each costs the loading of a teacher
         planned = (plan for group in groups for plan in self._plan(name, group)[1])
         run = functools.partial(self._run, name)
         ready = all(self.store.finished(plan.fingerprint) for plan in planned)
-        return [plan for plans in (map(run, groups) if ready else self.schedule.run(run, groups)) for plan in plans]
+        done = [run(group) for group in groups] if ready else self.schedule.run(run, groups)  # all, before the first is exported
+        return [self._export(name, plan) for plans in done for plan in plans]
 
     def _run(self, name: str, group: Group) -> list[Planned]:
         setting, plans = self._plan(name, group)
@@ -183,7 +180,7 @@ class Experiment:
         index, recipe, title = _subset(data, comparison, seed), self.params.recipes[comparison.recipe], f"{name} seed {seed}"
         compute, most = self.params.study.compute, self.params.study.answers_gb
         setting = Setting(data, index, comparison.student, data.size, teacher, recipe, seed, self.device, title, compute, most)
-        setting = replace(setting, cache_folder=self.answers / identity.of_answers(setting, digest))
+        setting = replace(setting, cache_folder=beside_dvc_cache(self.root, ANSWERS) / identity.of_answers(setting, digest))
         return setting, [Planned(variant, seed, identity.of_run(setting, digest, variant)) for variant in variants]
 
     def _complete(self, setting: Setting, plans: list[Planned]) -> None:
@@ -194,13 +191,15 @@ class Experiment:
             there = dict(zip(wanted, from_rank_zero([self.store.finished(key) for key in wanted]), strict=True))
             if any(there.values()):
                 say(f"{setting.title}  {sum(there.values())} of {len(wanted)} runs are finished already")
-            jobs = [_job(plan, self.store.run(key)) for key, plan in wanted.items() if not there[key]]
-            if jobs:
+            if jobs := [_job(plan, self.store.run(key)) for key, plan in wanted.items() if not there[key]]:
                 train(setting, jobs, save_seconds=self.params.study.checkpoint_seconds)
                 wait_for_all()  # rank 0 has written
         if self.params.study.on_divergence == "fail":
             for plan in plans:
-                _require_finished(f"{setting.title}: {plan.variant.name}", read_json(self.store.run(plan.fingerprint) / "metrics.json"))
+                metrics = read_json(self.store.run(plan.fingerprint) / "metrics.json")
+                if metrics["status"] == "diverged":
+                    what = f"{setting.title}: {plan.variant.name} diverged at step {metrics['diverged_step']}: {metrics['diverged_cause']}"
+                    raise Diverged(f"params.yaml: study.on_divergence: found 'fail'; {what}; change that, or set on_divergence: continue")
 
     def _export(self, name: str, plan: Planned) -> Path:
         comparison, variant = self.params.comparisons[name], plan.variant
@@ -245,14 +244,13 @@ class Experiment:
         """A checkpoint from elsewhere as a finished run of the store: measured, and in our weights' format."""
         teacher = self.params.teachers[name]
         path, size = self.root / str(teacher.checkpoint), teacher.size or data.size
-        shape = (data.classes, data.channels, size)
-        classifier = load_checkpoint(f"teachers.{name}.checkpoint", path, teacher.model, shape).to(self.device)
+        key, shape = f"teachers.{name}.checkpoint", (data.classes, data.channels, size)
+        classifier = load_checkpoint(key, path, teacher.model, shape).to(self.device)
         folder = self.store.run(identity.of_checkpoint(path, teacher.model, size, data))
         try:
             write_measured(folder, classifier, data, self.device)
         except FloatingPointError as error:
-            do = f"choose another file ({error})"
-            raise refuse(f"teachers.{name}.checkpoint", teacher.checkpoint, "weights that give finite logits", do) from error
+            raise refuse(key, teacher.checkpoint, "weights that give finite logits", f"choose another file ({error})") from error
         return folder
 
 
@@ -263,9 +261,3 @@ def _subset(data: DataSet, comparison: Comparison, seed: int) -> Index:
 
 def _job(plan: Planned, folder: Path) -> Job:
     return Job(plan.variant.name, lambda: METHODS[plan.variant.method](**plan.variant.parameters), not plan.variant.trial, folder)
-
-
-def _require_finished(title: str, metrics: dict[str, Any]) -> None:
-    if metrics["status"] == "diverged":
-        what = f"{title} diverged at step {metrics['diverged_step']}: {metrics['diverged_cause']}"
-        raise Diverged(f"params.yaml: study.on_divergence: found 'fail'; {what}; change that, or set on_divergence: continue")

@@ -19,12 +19,10 @@ from kdlib.study.training.planned import Variant
 from kdlib.views.stream import ViewStream
 
 # Imported by what trains, and not followed from there:
-UNCOUNTED = frozenset(
-    {
-        "kdlib.config",  # the package only hands on names
-        "kdlib.config.schema",  # classes of values, which are hashed themselves; they have no behaviour
-        "kdlib.losses",  # names of the classes: the one of a run is hashed by name, and its file counts
-    }
+UNCOUNTED = (
+    "kdlib.config",  # the package only hands on names
+    "kdlib.config.schema",  # classes of values, which are hashed themselves; they have no behaviour
+    "kdlib.losses",  # names of the classes: the one of a run is hashed by name, and its file counts
 )
 
 
@@ -46,8 +44,7 @@ def of_run(setting: Setting, teacher: str | None, variant: Variant) -> str:
 
 def of_answers(setting: Setting, teacher: str) -> str:
     """Fingerprint of the teacher's cached outputs. Bit-exact, so it covers device, library versions and threads."""
-    on_gpu = setting.device.type == "cuda"
-    device = torch.cuda.get_device_name(setting.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    device = torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     exact = (torch.__version__, timm.__version__, torch.get_num_threads(), device)
     code = code_fingerprint([ViewStream.__module__, TeacherCache.__module__], UNCOUNTED)
     return fingerprint(_views(setting) | {"teacher": teacher, "recipe": of_views(setting.recipe)}, exact, code)

@@ -107,9 +107,8 @@ class _Variables(ast.NodeVisitor):
         self._places.append((node, field))
 
     def _visit_all(self, nodes: Iterable[ast.AST | None]) -> None:
-        for node in nodes:
-            if node:
-                self.visit(node)
+        for node in filter(None, nodes):
+            self.visit(node)
 
     def _visit_body(self, body: Iterable[ast.AST], names: set[str]) -> set[str]:
         """Of a function or a class, in a scope that has these names. Returns all that are bound in it."""

@@ -59,9 +59,7 @@ class Store:
 
     def sizes(self) -> dict[str, int]:
         """Bytes on disk for each fingerprint."""
-        if not self.folder.is_dir():
-            return {}
-        return {run.name: folder_bytes(run) for run in sorted(self.folder.iterdir()) if run.is_dir()}
+        return {run.name: folder_bytes(run) for run in sorted(self.folder.glob("*")) if run.is_dir()}
 
     def remove(self, fingerprint: str) -> bool:
         """Delete one run; False, and nothing done, while a process holds it."""
