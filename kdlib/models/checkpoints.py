@@ -7,7 +7,6 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +46,6 @@ _LAYOUTS = {
 }
 _CLASSIFIER = re.compile(r"(?:.*\.)?(?:head|fc|classifier)\.weight")
 _BLOCK = re.compile(r"(?P<stage>(?:.*\.)?(?:blocks|layers?|layer\d|stages\.\d|encoder))\.(?:encoder_layer_)?(?P<block>\d+)\.")
-
-
-@dataclass(frozen=True)
-class Differences:
-    """Between a file's weights and a model's, by key; empty where they fit."""
-
-    missing: list[str]
-    unexpected: list[str]
-    shapes: list[str]  # "key 5x32 for 6x32": in the file, in the model
-    of: int  # how many weights the model has
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shapes)
-
-    def __str__(self) -> str:
-        kinds = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.shapes}
-        parts = [f"{len(keys)} {kind} ({some(keys, 3)})" for kind, keys in kinds.items() if keys]
-        return f"of {self.of} weights {', '.join(parts)}"
 
 
 def load_checkpoint(key: str, path: Path, model: str, shape: tuple[int, int, int], averaged: bool = True) -> Classifier:
@@ -182,16 +163,17 @@ def convert(state: State, net: nn.Module) -> tuple[State, list[str]]:
     return found | moved, [name for name in resized if name not in moved]
 
 
-def differences(state: State, net: nn.Module) -> Differences:
-    """What keeps ``net`` from taking these weights."""
+def differences(state: State, net: nn.Module) -> str:
+    """What keeps ``net`` from taking these weights, in words; empty where they fit. "key 5x32 for 6x32": in the file, in ``net``."""
     wanted = net.state_dict()
     others = [name for name, value in state.items() if name in wanted and value.shape != wanted[name].shape]
-    return Differences(
-        missing=[name for name in wanted if name not in state],
-        unexpected=[name for name in state if name not in wanted],
-        shapes=[f"{name} {_shape(state[name])} for {_shape(wanted[name])}" for name in others],
-        of=len(wanted),
-    )
+    kinds = {
+        "missing": [name for name in wanted if name not in state],
+        "unexpected": [name for name in state if name not in wanted],
+        "of another shape": [f"{name} {_shape(state[name])} for {_shape(wanted[name])}" for name in others],
+    }
+    parts = [f"{len(keys)} {kind} ({some(keys, 3)})" for kind, keys in kinds.items() if keys]
+    return f"of {len(wanted)} weights {', '.join(parts)}" if parts else ""
 
 
 def looks_like(state: State) -> str:

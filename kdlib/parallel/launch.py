@@ -70,12 +70,8 @@ def join(launch: Launch) -> None:
             done, _, raises = offered
             try:
                 _take_part(launch, offered)
-            except (
-                Stopped,
-                RankFailed,
-                Refused,
-                raises,
-            ) as error:  # the first machine says so too; what it is told to do next is done here too
+            except (Stopped, RankFailed, Refused, raises) as error:
+                # the first machine says so too; what it is told to do next is done here too
                 print(f"{error}; waiting for the first machine", file=sys.stderr, flush=True)
 
 
@@ -129,8 +125,7 @@ def _failed(launch: Launch, number: int, failure: ProcessFailure) -> Exception:
 def _do(work: Callable[[], Result], raises: type[Exception]) -> Result | BaseException:
     """In each process."""
     to_log()
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    if on_gpu := torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
@@ -156,16 +151,14 @@ def _address(launch: Launch) -> tuple[str, int]:
 
 def _own_address(launch: Launch) -> str:
     """Of this machine, as one that reaches the host of the rendezvous. No packet is sent."""
-    host, port = _address(launch)
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    family, kind, protocol, _, address = socket.getaddrinfo(*_address(launch), type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
         return str(probe.getsockname()[0])
 
 
 def _meeting(launch: Launch, *, here: bool) -> TCPStore:
-    host, port = _address(launch)
-    return TCPStore(host, port, is_master=here, wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=30))
+    return TCPStore(*_address(launch), is_master=here, wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=30))
 
 
 def _offered(launch: Launch) -> Work | None:
@@ -175,7 +168,6 @@ def _offered(launch: Launch) -> Work | None:
     try:
         socket.create_connection(_address(launch), 1.0).close()  # asked first: torch would complain of each attempt
         store = _meeting(launch, here=False)
-        offered: Work | None = pickle.loads(bytes.fromhex(store.get(WORK).decode())) if store.check([WORK]) else None
+        return pickle.loads(bytes.fromhex(store.get(WORK).decode())) if store.check([WORK]) else None
     except (OSError, RuntimeError):  # not there yet, or just gone
         return None
-    return offered

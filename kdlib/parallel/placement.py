@@ -35,8 +35,7 @@ class Placement:
         keep the cores busy. A share costs a teacher's pass of its own.
         """
         whole = len(seeds) // self.cores * self.cores
-        left = len(seeds) - whole
-        size = -(-len(variants) // max(1, self.cores // max(1, left)))
+        size = -(-len(variants) // max(1, self.cores // max(1, len(seeds) - whole)))
         shares = [variants[first : first + size] for first in range(0, len(variants), max(1, size))]
         return [(variants, seed) for seed in seeds[:whole]] + [(share, seed) for seed in seeds[whole:] for share in shares]
 

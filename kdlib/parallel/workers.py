@@ -6,8 +6,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import TypeVar
 
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
@@ -35,7 +36,8 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], cores: i
         try:
             # dispatched one by one, so that none is begun after a signal
             with parallel_config("loky", n_jobs=processes, inner_max_num_threads=cores // processes, initializer=start):
-                done = list(Parallel(pre_dispatch="n_jobs")(_until_asked_to_stop(work, items)))
+                begun = takewhile(lambda _: not asked_to_stop(), items)
+                done = list(Parallel(pre_dispatch="n_jobs")(delayed(_do)(work, item) for item in begun))
         except TerminatedWorkerError as error:
             if asked_to_stop():  # one that has not begun to train ends at once
                 raise Stopped("stopped; the same command goes on from the last step") from error
@@ -46,13 +48,6 @@ def side_by_side(work: Callable[[Item], Result], items: Sequence[Item], cores: i
         if asked_to_stop():
             raise next((result for result in done if isinstance(result, Stopped)), Stopped("stopped between two runs"))
     return done
-
-
-def _until_asked_to_stop(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Any]:
-    for item in items:
-        if asked_to_stop():
-            return
-        yield delayed(_do)(work, item)
 
 
 def _do(work: Callable[[Item], Result], item: Item) -> Result | Stopped:

@@ -25,9 +25,7 @@ def read_class_map(key: str, file: Path) -> list[str]:
 
 def check_classes(key: str, names: Collection[str], present: Collection[str]) -> None:
     """Raise ``Refused`` about ``key`` if the images are not of just these classes."""
-    missing, unexpected = sorted(set(names) - set(present)), sorted(set(present) - set(names))
-    if missing or unexpected:
-        kinds = {"missing": missing, "unexpected": unexpected}
-        odd = [f"{len(which)} {kind}: {', '.join(which[:SHOWN])}" for kind, which in kinds.items() if which]
+    kinds = {"missing": sorted(set(names) - set(present)), "unexpected": sorted(set(present) - set(names))}
+    if odd := [f"{len(which)} {kind}: {', '.join(which[:SHOWN])}" for kind, which in kinds.items() if which]:
         do = "correct the file, or set class_map to null for the natural order of the folders"
         raise refuse(key, f"{len(names)} classes for images of {len(set(present))}", f"the classes of the images ({'; '.join(odd)})", do)

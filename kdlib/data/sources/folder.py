@@ -22,11 +22,9 @@ def contents(name: str, params: Folder) -> Content:
     """Split stratified by ``params.seed``. Each image is decoded once and takes 3 size^2 bytes: 12 KB at 64 pixels."""
     key = f"data.{name}.path"
     names, files, labels = list_images(key, resolve_path(key, params.path))
-    shares = (params.val_fraction, params.test_fraction)
-    index = dict(zip(SPLITS, stratified_split(labels, shares, params.seed, key, names), strict=True))
-    chosen = {split: [files[i] for i in index[split]] for split in SPLITS}
+    index = dict(zip(SPLITS, stratified_split(labels, (params.val_fraction, params.test_fraction), params.seed, key, names), strict=True))
     split_labels = {split: labels[index[split]] for split in SPLITS}
-    return Content(names, params.size, 3, split_labels, lambda split: decode_squares(key, chosen[split], params.size))
+    return Content(names, params.size, 3, split_labels, lambda split: decode_squares(key, [files[i] for i in index[split]], params.size))
 
 
 def list_images(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
@@ -41,8 +39,7 @@ def list_images(key: str, root: Path) -> tuple[list[str], list[str], Labels]:
         if file.parent.parent != root:
             raise refuse(key, str(file), f"images directly in {root}/<class>/", "move it into the folder of its class")
     folders = {folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
-    empty = sorted(folders - {file.parent.name for file in files})
-    if empty:
+    if empty := sorted(folders - {file.parent.name for file in files}):
         raise refuse(key, str(root / empty[0]), "at least one image of every class", "add images or remove the folder")
     # By name too: natural_key takes "A" for "a" and "01" for "1", and would leave their order to the file system.
     names = sorted({file.parent.name for file in files}, key=lambda name: (natural_key(name), name))

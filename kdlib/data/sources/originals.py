@@ -95,9 +95,8 @@ def _classes(key: str, params: Originals, kinds: list[str]) -> tuple[list[str], 
     if params.class_map is None:
         return kinds, {kind: number for number, kind in enumerate(kinds)}
     names = class_map.read_class_map(f"{key}.class_map", resolve_path(f"{key}.class_map", params.class_map))
-    ranks = {kind: number for number, kind in enumerate(names)}
-    if all(kind.isdecimal() for kind in kinds):
-        ranks = {str(number): number for number in range(len(names))}
+    stored = [str(number) for number in range(len(names))] if all(kind.isdecimal() for kind in kinds) else names
+    ranks = {kind: number for number, kind in enumerate(stored)}
     class_map.check_classes(f"{key}.class_map", ranks, kinds)
     return names, ranks
 
