@@ -191,7 +191,7 @@ class ComputeParams(Section):
     # a student with its loss; graphs: as CUDA graphs too, for nets whose kernels are too short
     compile: Literal["auto", True, False, "graphs"]
     resident: Literal["auto", True, False]  # all training images in the memory of the device
-    # the next views and answers while the students train: by half of a run's threads, on a GPU in a stream of its own (true, not auto)
+    # the next views and answers while the students train, by half of a run's threads; refused on a GPU, which works beside the host anyway
     ahead: Literal["auto", True, False]
 
 

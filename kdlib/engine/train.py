@@ -29,7 +29,8 @@ GPU_TOLERANCE = 0.05  # of a logit: sums there are not repeated in the same orde
 def train(setting: Setting, jobs: Sequence[Job], *, save_seconds: float) -> None:
     """Train the jobs together from where their checkpoints left off, measure each, write each folder; metrics.json comes last.
 
-    A loss that is not finite ends that run as ``diverged``; the others go on.
+    One step of each is tried on a student that is thrown away: what it costs, and how it is computed. A loss that is not finite ends its
+    run as ``diverged``; the others go on.
     """
     backend, stream = _open_stream(setting, asks := asked_of_teacher(job.method() for job in jobs))
     teacher = _open_teacher(setting, asks, backend, stream)

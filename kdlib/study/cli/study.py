@@ -112,7 +112,7 @@ def join_study(root: Path) -> None:
     from kdlib.parallel import launch  # noqa: PLC0415
     from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (see ``check_study``)
 
-    launch.join(Experiment(root).schedule.launch)
+    launch.join(Experiment(root).placement.launch)
 
 
 def submit_study(root: Path, given: argparse.Namespace) -> None:

@@ -79,7 +79,7 @@ def distilling(experiment: Experiment, name: str, planned: Runs) -> Work:
     asked = [([variant.method for variant in trials_of(comparison, params)], [sweep.seed])] if sweep else []
     asked.append(([*comparison.methods, *(sweep.grids if sweep else ())], params.study.seeds))
     kind = Kind(comparison.data, comparison.teacher, comparison.student, None, comparison.recipe, (), 1)
-    whole = Work(kind, [_stage(experiment.schedule, kind, methods, seeds) for methods, seeds in asked if methods])
+    whole = Work(kind, [_stage(experiment.placement, kind, methods, seeds) for methods, seeds in asked if methods])
     if sweep:
         return whole
     left = Work(kind, [_unplanned(params, comparison, stage, planned) for stage in whole.stages])
@@ -99,30 +99,30 @@ def _unplanned(params: Params, comparison: Comparison, stage: list[Group], plann
     return left
 
 
-def _stage(schedule: Placement, kind: Kind, methods: list[str], seeds: list[int]) -> list[Group]:
-    groups = schedule.groups(methods, seeds)
-    return [(replace(kind, methods=tuple(share), threads=_threads(schedule, len(groups))), seed) for share, seed in groups]
+def _stage(placement: Placement, kind: Kind, methods: list[str], seeds: list[int]) -> list[Group]:
+    groups = placement.groups(methods, seeds)
+    return [(replace(kind, methods=tuple(share), threads=_threads(placement, len(groups))), seed) for share, seed in groups]
 
 
 def teaching(experiment: Experiment, name: str) -> Work:
     """What ``Experiment.make_teacher`` trains."""
     teacher = experiment.params.teachers[name]
-    kind = Kind(teacher.data, None, teacher.model, teacher.size, teacher.recipe, (), _threads(experiment.schedule, 1))
+    kind = Kind(teacher.data, None, teacher.model, teacher.size, teacher.recipe, (), _threads(experiment.placement, 1))
     return Work(kind, [[(replace(kind, methods=(PLAIN,)), teacher.seed)]])
 
 
-def _threads(schedule: Placement, groups: int) -> int:
+def _threads(placement: Placement, groups: int) -> int:
     """Torch's, of a process that trains one of so many groups."""
-    if schedule.cores > 1:
-        return schedule.cores // min(schedule.cores, groups)
-    return max(1, torch.get_num_threads() // schedule.launch.processes)
+    if placement.cores > 1:
+        return placement.cores // min(placement.cores, groups)
+    return max(1, torch.get_num_threads() // placement.launch.processes)
 
 
 class Outlook:
     """Of an experiment's study. ``steps``: that each kind of group is tried for; with 0 nothing is timed, and memory stays unknown."""
 
     def __init__(self, experiment: Experiment, steps: int) -> None:
-        self.params, self.steps, self.device, self.cores = experiment.params, steps, experiment.device, experiment.schedule.cores
+        self.params, self.steps, self.device, self.cores = experiment.params, steps, experiment.device, experiment.placement.cores
         cpu = f"this CPU, {self.cores} side by side" if self.cores > 1 else "this CPU"
         self.where = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu  # in words
         self.processes = self.params.study.launch.processes * self.params.study.launch.nodes  # that train one run together

@@ -1,4 +1,4 @@
-"""runs.csv -> the tables of a study."""
+"""Finished runs -> the tables of a study."""
 
 import statistics
 from collections.abc import Callable, Collection

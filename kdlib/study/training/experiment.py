@@ -1,4 +1,4 @@
-"""Assembles one stage of the study from its names: the only place that knows data sets, models, methods and recipes by name."""
+"""Assembles one stage of the study from its names. The library knows no data set, model, method or recipe by name; this does."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -61,9 +61,9 @@ class Experiment:
         self.params: Params = config.load(self.root)
         self.store = Store(beside_dvc_cache(self.root))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.schedule = Placement.on(self.device, self.params.study.launch, Diverged)
+        self.placement = Placement.on(self.device, self.params.study.launch, Diverged)
         checks.check_without_data(self.params)
-        checks.check_machines(self.schedule.launch)
+        checks.check_machines(self.placement.launch)
         checks.check_shares(self.params)
 
     def prepare_data(self, name: str) -> DataSet:
@@ -83,7 +83,7 @@ class Experiment:
         checks.check_against_data(self.params, data)
         folder = self.root / TEACHERS / name
         if teacher.checkpoint is None:
-            folder_of_run = self.store.run(self.schedule.run_together(functools.partial(self._train_teacher, name)).fingerprint)
+            folder_of_run = self.store.run(self.placement.run_together(functools.partial(self._train_teacher, name)).fingerprint)
         else:
             folder_of_run = self._import_checkpoint(name, data)
         metrics = read_json(folder_of_run / "metrics.json")
@@ -131,7 +131,7 @@ class Experiment:
         checks.check_method(f"methods.{method}", method, variant.parameters)
         checks.check_against_data(self.params, self.data(among.data))
         variants = len(among.methods) + len(among.sweep.grids if among.sweep else ())
-        with threads(self.schedule.threads(variants, len(self.params.study.seeds))):  # as in its comparison
+        with threads(self.placement.threads(variants, len(self.params.study.seeds))):  # as in its comparison
             (plan,) = self._run(comparison, ([variant], int(seed)))
         return self.store.run(plan.fingerprint)
 
@@ -160,12 +160,12 @@ class Experiment:
 
     def _finish(self, name: str, variants: list[Variant], seeds: list[int]) -> list[Path]:
         """Bring these runs to their end; here if all are finished, since another process takes seconds to start. Returns their folders."""
-        groups = self.schedule.groups(variants, seeds)
+        groups = self.placement.groups(variants, seeds)
         # planned one by one, as far as the first that is not finished: each costs the loading of a teacher
         planned = (plan for group in groups for plan in self._plan(name, group)[1])
         run = functools.partial(self._run, name)
         ready = all(self.store.finished(plan.fingerprint) for plan in planned)
-        done = [run(group) for group in groups] if ready else self.schedule.run(run, groups)  # all, before the first is exported
+        done = [run(group) for group in groups] if ready else self.placement.run(run, groups)  # all, before the first is exported
         return [self._export(name, plan) for plans in done for plan in plans]
 
     def _run(self, name: str, group: Group) -> list[Planned]:

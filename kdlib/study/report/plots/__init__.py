@@ -1,4 +1,4 @@
-"""runs.csv and curves -> figures. A method has the same colour everywhere; every interval and n is named in the figure."""
+"""Finished runs -> figures. A method has the same colour everywhere; every interval and n is named in the figure."""
 
 from collections.abc import Callable
 
