@@ -59,7 +59,7 @@ class Copy:
     @functools.cached_property
     def code_hash(self) -> types.ModuleType:
         """As a fresh process of this copy would have it."""
-        spec = importlib.util.spec_from_file_location("provenance_of_a_copy", self._in_copy(Path(code_hash.__file__)))
+        spec = importlib.util.spec_from_file_location("code_hash_of_a_copy", self._in_copy(Path(code_hash.__file__)))
         assert spec
         assert spec.loader
         module = importlib.util.module_from_spec(spec)

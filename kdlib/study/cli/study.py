@@ -58,14 +58,14 @@ def check_study(root: Path) -> None:
 
 def plan(root: Path, steps: int) -> None:
     """Print what a study costs, and write it to build/plan.csv. Raises ``Refused`` for what fits neither memory nor disk."""
-    from kdlib.study.cost.plan import Outlook, check_disk  # noqa: PLC0415
+    from kdlib.study.cost.plan import CostPlan, check_disk  # noqa: PLC0415
     from kdlib.study.training.experiment import Experiment  # noqa: PLC0415 (see ``check_study``)
 
-    outlook = Outlook(Experiment(root), steps)
-    rows = outlook.rows()
+    cost_plan = CostPlan(Experiment(root), steps)
+    rows = cost_plan.rows()
     write_csv(root / PLAN, table.frame(rows))
-    notes = table.notes(rows, outlook.where, steps, outlook.processes, outlook.assumed)
-    print(table.screen(rows, outlook.device.type == "cuda"), *notes, f"the same as CSV: {root / PLAN}", sep="\n")
+    notes = table.notes(rows, cost_plan.where, steps, cost_plan.processes, cost_plan.assumed)
+    print(table.screen(rows, cost_plan.device.type == "cuda"), *notes, f"the same as CSV: {root / PLAN}", sep="\n")
     check_disk(total(rows), shutil.disk_usage(project(root)).free)
 
 

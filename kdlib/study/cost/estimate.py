@@ -60,7 +60,7 @@ class Row:
     decoding: Number = math.nan  # how many times as long as the rest it takes at most; NaN: nothing is decoded, or nobody knows
 
 
-def forecast(row: Row, stages: Sequence[Sequence[Cost]], images: int, cores: int, processes: int) -> Row:
+def estimated_row(row: Row, stages: Sequence[Sequence[Cost]], images: int, cores: int, processes: int) -> Row:
     """The row with what its stages cost: one after the other, each of groups of runs that see so many images.
 
     ``cores``: how many groups train side by side; ``processes``: how many train one group together.

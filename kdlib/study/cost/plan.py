@@ -24,7 +24,7 @@ from kdlib.models.build import build
 from kdlib.parallel.placement import Placement
 from kdlib.parallel.workers import side_by_side
 from kdlib.study.cost import measure
-from kdlib.study.cost.estimate import Cost, Row, forecast, largest_group
+from kdlib.study.cost.estimate import Cost, Row, estimated_row, largest_group
 from kdlib.study.cost.synthetic_data import Facts, facts, imagined
 from kdlib.study.training import identity
 from kdlib.study.training.checks import check_against_data
@@ -118,7 +118,7 @@ def _threads(placement: Placement, groups: int) -> int:
     return max(1, torch.get_num_threads() // placement.launch.processes)
 
 
-class Outlook:
+class CostPlan:
     """Of an experiment's study. ``steps``: that each kind of group is tried for; with 0 nothing is timed, and memory stays unknown."""
 
     def __init__(self, experiment: Experiment, steps: int) -> None:
@@ -200,7 +200,9 @@ class Outlook:
         steps = total_steps(recipe, self.facts[of.data].train_images)
         answers, live = self._answers(name, costs, steps, kept) if of.teacher else (0, 0)
         stages = [[costs[kind] for kind, _ in stage] for stage in work.stages]
-        return replace(forecast(row, stages, steps * recipe.batch_size, self.cores, self.processes), answers_bytes=answers, live_bytes=live)
+        return replace(
+            estimated_row(row, stages, steps * recipe.batch_size, self.cores, self.processes), answers_bytes=answers, live_bytes=live
+        )
 
     def _answers(self, name: str, costs: Mapping[Kind, Cost], steps: int, kept: dict[object, int]) -> tuple[int, int]:
         """Bytes of teachers' answers that a comparison adds to those that are kept, of the same views once; and of those to one seed's

@@ -69,8 +69,8 @@ def package(tmp_path: Path) -> Path:
 
 
 def of(package: Path) -> Any:
-    """``provenance`` as a fresh process of that copy would have it."""
-    spec = importlib.util.spec_from_file_location("provenance_of_a_copy", package / Path(code_hash.__file__).relative_to(code_hash.PACKAGE))
+    """``code_hash`` as a fresh process of that copy would have it."""
+    spec = importlib.util.spec_from_file_location("code_hash_of_a_copy", package / Path(code_hash.__file__).relative_to(code_hash.PACKAGE))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
