@@ -16,7 +16,6 @@ from safetensors.torch import load as load_weights
 from torch import Tensor
 
 from kdlib import config
-from kdlib.engine import train
 from kdlib.engine.learner import Learner
 from kdlib.engine.setting import Setting
 from kdlib.engine.teacher import Teacher
@@ -87,7 +86,7 @@ class Watched(Learner):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self.start = copy.deepcopy(self.method.state_dict())
-        Watched.made[self.name] = self
+        Watched.made[self.job.name] = self
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Done:
 
 def train_all(pair: str, folder: Path, monkeypatch: pytest.MonkeyPatch, save_seconds: float = 1e9) -> Done:
     with monkeypatch.context() as patched:
-        patched.setattr(train, "Learner", Watched)
+        patched.setattr("kdlib.engine.setting.Learner", Watched)
         Watched.made = {}
         return Done(training.trained(setting(pair), methods(), folder, save_seconds), Watched.made)
 
