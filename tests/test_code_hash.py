@@ -46,7 +46,7 @@ REPEATS: dict[str, set[str]] = {
 REPEATS_NOTHING = {
     *("kdlib", "kdlib.config", "kdlib.study"),
     *("kdlib.parallel.workers", "kdlib.parallel.launch", "kdlib.parallel.placement"),  # where it is done
-    "kdlib.losses",  # a registry: name -> class
+    "kdlib.losses",  # names of classes alone
     "kdlib.data.sources",  # what they offer is in the data's fingerprint
     "kdlib.decoding.shards",
     "kdlib.models.checkpoints",  # a checkpoint is known by its bytes, and measured anew each time
