@@ -115,7 +115,7 @@ def test_a_student_learns_by_it(root: Path) -> None:
 
 def test_the_methods_notebook_shows_it(root: Path) -> None:
     code = "from kdlib import config; from kdlib.study.display import methods; "
-    code += f"print(methods.__file__, methods.card('{NAME}', config.load(config.find_root()).methods['{NAME}']))"
+    code += f"print(methods.__file__, methods.method_card('{NAME}', config.load(config.find_root()).methods['{NAME}']))"
     file, _, card = project.run(root, "python", "-c", code).partition(" ")
     assert file == str(root / "kdlib" / "study" / "display" / "methods.py")
     assert card.startswith(f"## {NAME}\n\nThe teacher's pooled embedding as a hint")
