@@ -1,11 +1,15 @@
 """Edits of source code by a seed: mutants, which compute something else, and edits of words, which do not."""
 
 import ast
+import importlib.util
 import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from kdlib.study.training import code_hash
 
 OTHER: dict[type[ast.AST], type[ast.AST]] = {
     **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mod, ast.Mod: ast.FloorDiv},
@@ -22,6 +26,16 @@ class Edit:
     kind: str
     module: str
     source: str
+
+
+def code_hash_of(package: Path) -> Any:
+    """``code_hash`` as a fresh process of that copy of kdlib would have it."""
+    spec = importlib.util.spec_from_file_location("code_hash_of_a_copy", package / Path(code_hash.__file__).relative_to(code_hash.PACKAGE))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 Place = Callable[[], None]  # makes the edit, in the tree that it was found in

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import re
 import shutil
@@ -26,6 +25,7 @@ from kdlib.study.training.experiment import Experiment, Planned
 from kdlib.study.training.identity import UNCOUNTED
 from kdlib.study.training.planned import Variant
 from tests import tiny, training
+from tests.mutants import code_hash_of
 
 TRAINS = train.__module__
 EVERY = set(METHODS)
@@ -68,20 +68,10 @@ def package(tmp_path: Path) -> Path:
     return copy
 
 
-def of(package: Path) -> Any:
-    """``code_hash`` as a fresh process of that copy would have it."""
-    spec = importlib.util.spec_from_file_location("code_hash_of_a_copy", package / Path(code_hash.__file__).relative_to(code_hash.PACKAGE))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def codes(package: Path) -> dict[str, str]:
     """Fingerprints of one run of every method, as the experiment computes them, for the code of the copy."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(identity, "code_fingerprint", of(package).code_fingerprint)
+        patched.setattr(identity, "code_fingerprint", code_hash_of(package).code_fingerprint)
         return {name: described(small(), method=name) for name in METHODS}
 
 
@@ -163,7 +153,7 @@ def test_every_module_has_its_place() -> None:
 
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_a_change_repeats_exactly_the_runs_that_it_can_change(package: Path, before: dict[str, str], module: str) -> None:
-    edit(of(package).path(module), lambda code: code + "\n\nADDED = 1\n")
+    edit(code_hash_of(package).path(module), lambda code: code + "\n\nADDED = 1\n")
     after = codes(package)
     assert {name for name in METHODS if after[name] != before[name]} == REPEATS.get(place(module), set())
 
@@ -180,10 +170,10 @@ def test_a_rename_and_a_move_count(package: Path) -> None:
     """The same code under another name is imported by other code; and the names are in the hash."""
     (package / "a.py").write_text("X = 1\n")
     (package / "b.py").write_text("Y = 2\n")
-    both = of(package).code_fingerprint(["kdlib.a", "kdlib.b"])
+    both = code_hash_of(package).code_fingerprint(["kdlib.a", "kdlib.b"])
     (package / "a.py").write_text("Y = 2\n")
     (package / "b.py").write_text("X = 1\n")
-    assert of(package).code_fingerprint(["kdlib.a", "kdlib.b"]) != both
+    assert code_hash_of(package).code_fingerprint(["kdlib.a", "kdlib.b"]) != both
 
 
 # What is really imported

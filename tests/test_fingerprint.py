@@ -57,14 +57,9 @@ class Copy:
         shutil.copytree(PACKAGE, self.folder)
 
     @functools.cached_property
-    def code_hash(self) -> types.ModuleType:
+    def code_hash(self) -> Any:
         """As a fresh process of this copy would have it."""
-        spec = importlib.util.spec_from_file_location("code_hash_of_a_copy", self._in_copy(Path(code_hash.__file__)))
-        assert spec
-        assert spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return mutants.code_hash_of(self.folder)
 
     def _in_copy(self, path: Path) -> Path:
         return self.folder / path.relative_to(PACKAGE)
